@@ -1,0 +1,68 @@
+"""Checkpoints that are whole or not there."""
+import contextlib
+import os
+import tempfile
+from typing import IO, Iterator
+
+import torch
+
+from detectron2.checkpoint import DetectionCheckpointer
+
+
+@contextlib.contextmanager
+def atomic_write(path: str, mode: str = "wb") -> Iterator[IO]:
+    """
+    Opens a file for writing that takes the place of `path` once it is completely on disk.
+
+    If the block raises, or the process dies in it, `path` is what it was.
+    """
+    descriptor, partial = tempfile.mkstemp(
+        dir=os.path.dirname(path) or ".", prefix=f".{os.path.basename(path)}."
+    )
+    try:
+        with os.fdopen(descriptor, mode) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(partial, 0o666 & ~_umask())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(partial)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class Checkpointer(DetectionCheckpointer):
+    """
+    A `DetectionCheckpointer` that writes to local disk such that a job killed at any moment leaves
+    the last complete checkpoint, and a `last_checkpoint` that names it.
+    """
+
+    def save(self, name: str, **kwargs) -> None:
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data.update({key: value.state_dict() for key, value in self.checkpointables.items()})
+        data.update(kwargs)
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        self._remove_partial_files()
+        with atomic_write(path) as f:
+            torch.save(data, f)
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with atomic_write(os.path.join(self.save_dir, "last_checkpoint"), "w") as f:
+            f.write(last_filename_basename)
+
+    def _remove_partial_files(self) -> None:
+        """What a job that was killed while it saved has left."""
+        for name in os.listdir(self.save_dir):
+            if name.startswith(".model_") or name.startswith(".last_checkpoint."):
+                os.remove(os.path.join(self.save_dir, name))

@@ -1,0 +1,6 @@
+"""Synthetic COCO-format data sets, for training and testing without a download."""
+
+from .catalog import register_shapes
+from .synthetic import make_synthetic_coco
+
+__all__ = ["make_synthetic_coco", "register_shapes"]

@@ -1,0 +1,35 @@
+"""Registration of the synthetic shapes with Detectron2."""
+
+import os
+from typing import Optional
+
+from .scenes import SHAPES
+
+
+def register_shapes(root: Optional[str] = None) -> None:
+    """Registers `shapes_train` and `shapes_val` with Detectron2's catalogs.
+
+    Nothing is read before a data set is used. Registering the same root again does nothing;
+    another root replaces the first.
+
+    Args:
+        root: the folder given to `make_synthetic_coco(root, "shapes")`; by default that of
+            Detectron2's own data sets, $DETECTRON2_DATASETS or "datasets".
+    """
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data.datasets import register_coco_instances
+
+    root = os.path.expanduser(root or os.getenv("DETECTRON2_DATASETS", "datasets"))
+    for split in ("train", "val"):
+        name = f"shapes_{split}"
+        json_file = os.path.join(root, "shapes", "annotations", f"instances_{split}.json")
+        if name in DatasetCatalog.list():
+            if MetadataCatalog.get(name).json_file == json_file:
+                continue
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        metadata = {
+            "thing_classes": list(SHAPES),
+            "thing_dataset_id_to_contiguous_id": {k + 1: k for k in range(len(SHAPES))},
+        }
+        register_coco_instances(name, metadata, json_file, os.path.join(root, "shapes", split))

@@ -1,0 +1,71 @@
+"""Hooks for Detectron2's training loop."""
+from typing import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from ..layers import MABN2d
+
+_NORMS_WITH_STATISTICS = (MABN2d, nn.modules.batchnorm._BatchNorm)
+
+
+def norm_statistics(model: nn.Module) -> Iterator[torch.Tensor]:
+    """The statistics that norms gather in training, as the tensors of the model itself."""
+    for module in model.modules():
+        if isinstance(module, _NORMS_WITH_STATISTICS):
+            yield from module.buffers()
+
+
+@torch.no_grad()
+def average_norm_statistics(model: nn.Module) -> None:
+    """
+    Replaces the statistics of all norms by their mean over all workers, in place.
+
+    Every worker calls this; afterwards the statistics agree to the bit. Counts of recorded batches,
+    which differ where a worker had an empty input, become the smallest of all workers, so that no
+    worker takes an entry of a moving average for recorded that another worker lacks.
+    """
+    world_size = comm.get_world_size()
+    statistics = list(norm_statistics(model))
+    if world_size == 1 or not statistics:
+        return
+    values = [s for s in statistics if s.is_floating_point()]
+    counts = [s for s in statistics if not s.is_floating_point()]
+    for tensors, reduction, dtype in [
+        (values, dist.ReduceOp.SUM, torch.float64),
+        (counts, dist.ReduceOp.MIN, torch.int64),
+    ]:
+        flat = torch.cat([t.reshape(-1).to(dtype) for t in tensors])
+        dist.all_reduce(flat, reduction)
+        if reduction == dist.ReduceOp.SUM:
+            flat /= world_size
+        for tensor, reduced in zip(tensors, flat.split([t.numel() for t in tensors])):
+            tensor.copy_(reduced.view_as(tensor))
+
+
+class SyncNormStatistics(HookBase):
+    """
+    Averages the statistics of the norms over all workers before each evaluation and checkpoint.
+
+    Every worker normalizes with its own statistics in training, that is the point of MABN. What is
+    evaluated and saved must be one model. The moving averages are averaged along with the running
+    statistics: training then goes on from exactly what a resumed run finds in the checkpoint.
+    """
+
+    def __init__(self, *periods: int):
+        """
+        Args:
+            periods: iterations between evaluations, between checkpoints; 0 stands for never.
+                The statistics are also averaged after the last iteration.
+        """
+        self._periods = [period for period in periods if period > 0]
+
+    def after_step(self):
+        next_iter = self.trainer.iter + 1
+        is_final = next_iter == self.trainer.max_iter
+        if is_final or any(next_iter % period == 0 for period in self._periods):
+            average_norm_statistics(self.trainer.model)

@@ -1,0 +1,268 @@
+"""
+The registered norms, and the one place that plugs them into Detectron2.
+
+Detectron2 has no registry of norms: `get_norm` looks the name up in a dictionary of its own, and
+every module imports that function by name. :func:`install` replaces it wherever it is held.
+"""
+import contextlib
+import functools
+import inspect
+import logging
+import sys
+from contextvars import ContextVar
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+import detectron2.config
+import detectron2.layers
+import detectron2.modeling
+import detectron2.solver.build
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer
+from detectron2.layers import CycleBatchNormList, DeformConv, ModulatedDeformConv
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from fvcore.common.registry import Registry
+from torch import nn
+
+from .config import mabn_options
+from .layers import CenConv2d, CentralizedKernel, MABN2d, follow_grad_scaler
+from .surgery import CENTRALIZED_CLASSES, centralize, centralize_convolution
+
+logger = logging.getLogger(__name__)
+
+NORM_REGISTRY = Registry("NORM")
+NORM_REGISTRY.__doc__ = """
+Norms by the name that a `NORM` key of a config gives them. A registered object is called with the
+number of channels, and with keyword arguments that override its options, and returns a module.
+"""
+
+# The names that Detectron2's own `get_norm` knows.
+DETECTRON2_NORMS = (
+    "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N"
+)  # fmt: skip
+
+# Options of the norms of the model under construction; None while none is.
+_options: ContextVar[Optional[Dict[str, Dict[str, Any]]]] = ContextVar("options", default=None)
+# Over how many feature levels the head under construction is shared; 0 outside of such a head.
+_num_levels: ContextVar[int] = ContextVar("num_levels", default=0)
+
+
+@NORM_REGISTRY.register()
+def MABN(num_features: int, **overrides) -> MABN2d:
+    """A :class:`MABN2d` with the options of `cfg.MODEL.MABN`, or the paper's constants."""
+    options = (_options.get() or {}).get("MABN", {})
+    return MABN2d(num_features, **{**options, **overrides})
+
+
+class CenDeformConv(CentralizedKernel, DeformConv):
+    """Deformable convolution with a centralized kernel."""
+
+
+class CenModulatedDeformConv(CentralizedKernel, ModulatedDeformConv):
+    """Modulated deformable convolution (v2) with a centralized kernel."""
+
+
+CENTRALIZED_CLASSES.update(
+    {
+        detectron2.layers.Conv2d: CenConv2d,
+        DeformConv: CenDeformConv,
+        ModulatedDeformConv: CenModulatedDeformConv,
+    }
+)
+
+
+def check_norm_name(norm: str, key: str) -> None:
+    """
+    Raises:
+        ValueError: neither the registry nor Detectron2 knows the norm; the message begins with the
+            key of the config, `key`.
+    """
+    if norm and norm not in NORM_REGISTRY and norm not in DETECTRON2_NORMS:
+        known = [*(name for name, _ in NORM_REGISTRY), *DETECTRON2_NORMS]
+        raise ValueError(f"{key} must be one of {', '.join(known)}, or '', got {norm!r}")
+
+
+def check_norm_names(cfg: CfgNode, prefix: str = "") -> None:
+    """:func:`check_norm_name` for every `NORM` key of a config."""
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            check_norm_names(value, f"{prefix}{key}.")
+        elif key == "NORM" and isinstance(value, str):
+            check_norm_name(value, prefix + key)
+
+
+def _extend_get_norm(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def get_norm(norm, out_channels):
+        if not isinstance(norm, str) or norm == "" or norm in DETECTRON2_NORMS:
+            return original(norm, out_channels)
+        check_norm_name(norm, "The norm")
+        create = NORM_REGISTRY.get(norm)
+        if _num_levels.get():
+            return CycleBatchNormList(_num_levels.get(), create, num_features=out_channels)
+        return create(out_channels)
+
+    return get_norm
+
+
+def _centralize_what_is_built(original: Callable) -> Callable:
+    """For functions (config, ...) -> module: passes options to the norms and centralizes."""
+
+    @functools.wraps(original)
+    def build(cfg, *args, **kwargs):
+        if _options.get() is not None:  # a part of a model under construction
+            return original(cfg, *args, **kwargs)
+        with _set(_options, _norm_options(cfg)):
+            built = original(cfg, *args, **kwargs)
+        if isinstance(built, nn.Module):
+            centralize(built)
+        return built
+
+    return build
+
+
+def _norm_options(cfg) -> Dict[str, Dict[str, Any]]:
+    """Options of each norm, from a config that may not have them (a stock script's, a lazy one)."""
+    if isinstance(cfg, CfgNode) and "MABN" in cfg.get("MODEL", {}):
+        return {"MABN": mabn_options(cfg)}
+    return {}
+
+
+def _share_over_levels(original: Callable) -> Callable:
+    """
+    For the constructor of a head that is run on every feature level in turn.
+
+    Detectron2 gives BN in such a head statistics per level, by the name "BN". Ours get the same.
+    """
+
+    @functools.wraps(original)
+    def init(self, *args, **kwargs):
+        input_shape = kwargs["input_shape"] if "input_shape" in kwargs else args[-1]
+        with _set(_num_levels, len(input_shape)):
+            original(self, *args, **kwargs)
+
+    return init
+
+
+def _centralize_in_constructor(original: Callable) -> Callable:
+    """For the constructor of a convolution that takes the norm behind it."""
+
+    @functools.wraps(original)
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        if isinstance(self.norm, MABN2d) and type(self) in CENTRALIZED_CLASSES:
+            centralize_convolution(self)
+
+    return init
+
+
+def _announce_grad_scaler(original: Callable) -> Callable:
+    """For the constructor of `AMPTrainer`."""
+
+    @functools.wraps(original)
+    def init(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        follow_grad_scaler(self.model, self.grad_scaler)
+
+    return init
+
+
+def _decay_like_other_norms(original: Callable) -> Callable:
+    """
+    For `get_default_optimizer_params`, which knows a norm by its type and does not know ours.
+    """
+
+    @functools.wraps(original)
+    def get_default_optimizer_params(*args, **kwargs) -> List[Dict[str, Any]]:
+        groups = original(*args, **kwargs)
+        given = inspect.signature(original).bind(*args, **kwargs)
+        given.apply_defaults()
+        decay = given.arguments["weight_decay_norm"]
+        if decay is None:
+            return groups
+        by_name = dict(given.arguments["overrides"] or {})
+        if given.arguments["weight_decay_bias"] is not None:
+            by_name["bias"] = {"weight_decay": given.arguments["weight_decay_bias"]}
+        decayed_by_name = {name for name, values in by_name.items() if "weight_decay" in values}
+        ours = {
+            parameter
+            for module in given.arguments["model"].modules()
+            if isinstance(module, MABN2d)
+            for name, parameter in module.named_parameters(recurse=False)
+            if name not in decayed_by_name
+        }
+        return [part for group in groups for part in _split(group, ours, decay)]
+
+    return get_default_optimizer_params
+
+
+def _split(group: Dict[str, Any], norms: set, weight_decay: float) -> Iterator[Dict[str, Any]]:
+    """A group of optimizer parameters as one without the norms and one of the norms alone."""
+    for is_norm in (False, True):
+        chosen = [i for i, p in enumerate(group["params"]) if (p in norms) == is_norm]
+        if chosen:
+            part = {**group, "params": [group["params"][i] for i in chosen]}
+            if "param_names" in group:
+                part["param_names"] = [group["param_names"][i] for i in chosen]
+            if is_norm:
+                part["weight_decay"] = weight_decay
+            yield part
+
+
+@contextlib.contextmanager
+def _set(variable: ContextVar, value):
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def _replace_everywhere(old: Callable, new: Callable) -> None:
+    """Replaces a function in every imported module that holds it, under whatever name."""
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if value is old:
+                logger.debug("%s.%s is replaced", module.__name__, name)
+                setattr(module, name, new)
+
+
+_replaced_functions: Dict[Callable, Callable] = {}
+_replaced_constructors: Dict[type, Callable] = {}
+
+
+def install() -> None:
+    """
+    Makes the registered norms known wherever Detectron2 takes the name of a norm.
+
+    Called when the package is imported. Calling it again also reaches what was imported since.
+    """
+    if not _replaced_functions:
+        for original, extend in [
+            (detectron2.layers.get_norm, _extend_get_norm),
+            (detectron2.modeling.build_model, _centralize_what_is_built),
+            (detectron2.modeling.build_backbone, _centralize_what_is_built),
+            (detectron2.config.instantiate, _centralize_what_is_built),
+            (detectron2.solver.build.get_default_optimizer_params, _decay_like_other_norms),
+        ]:
+            _replaced_functions[original] = extend(original)
+        for cls, extend in [
+            (detectron2.layers.Conv2d, _centralize_in_constructor),
+            (DeformConv, _centralize_in_constructor),
+            (ModulatedDeformConv, _centralize_in_constructor),
+            (RetinaNetHead, _share_over_levels),
+            (AMPTrainer, _announce_grad_scaler),
+        ]:
+            _replaced_constructors[cls] = cls.__init__
+            cls.__init__ = extend(cls.__init__)
+    for original, replacement in _replaced_functions.items():
+        _replace_everywhere(original, replacement)
+
+
+def uninstall() -> None:
+    """Gives Detectron2 its own functions back. Models built before stay as they are."""
+    for original, replacement in _replaced_functions.items():
+        _replace_everywhere(replacement, original)
+    for cls, constructor in _replaced_constructors.items():
+        cls.__init__ = constructor
+    _replaced_functions.clear()
+    _replaced_constructors.clear()

@@ -1,0 +1,690 @@
+"""
+The norm "MABN" in Detectron2's own architectures: each config of its model zoo, its projects, and
+backbones that no config of the zoo uses.
+"""
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import detectron2.layers
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, LazyCall, get_cfg, instantiate
+from detectron2.layers import CycleBatchNormList, ShapeSpec, deform_conv, get_norm
+from detectron2.layers.batch_norm import FrozenBatchNorm2d, LayerNorm
+from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling.backbone.regnet import (
+    AnyNet,
+    RegNet,
+    ResBasicBlock,
+    ResStem,
+    SimpleStem,
+    VanillaBlock,
+)
+from detectron2.modeling.backbone.vit import ResBottleneckBlock
+from detectron2.projects.deeplab import add_deeplab_config
+from detectron2.projects.point_rend import add_pointrend_config
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
+from detectron2.utils.events import EventStorage
+from detectron2.utils.registry import locate
+from omegaconf import DictConfig, ListConfig
+from torch import nn
+from torch.nn import functional as F
+from torchvision.ops import deform_conv2d
+
+import mabn_d2
+from mabn_d2 import CenConv2d, MABN2d, add_mabn_config
+from mabn_d2.data import make_synthetic_coco
+from mabn_d2.layers import CentralizedKernel
+from mabn_d2.norms import DETECTRON2_NORMS
+
+SIZE = 64  # pixels of the images of a training step
+OTHER_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, nn.GroupNorm, LayerNorm)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The models here are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- configs -------------------------------------------------------------------------------------
+
+
+def list_zoo():
+    """All configs of the zoo but copies with another schedule and models of other packages."""
+    zoo = Path(model_zoo.__file__).parent / "configs"
+    names = sorted(str(path.relative_to(zoo)) for path in zoo.rglob("*.yaml"))
+    for folder in ("common/models", "COCO-*", "new_baselines"):
+        names += sorted(str(path.relative_to(zoo)) for path in zoo.glob(f"{folder}/*.py"))
+    return [name for name in names if not re.search("quick_schedules|_3x|[24]00ep|vitdet", name)]
+
+
+def mask_rcnn_resnet18():
+    cfg = model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
+    set_keys(cfg.MODEL.RESNETS, DEPTH=18, RES2_OUT_CHANNELS=64)
+    return cfg
+
+
+def deeplab(**overrides):
+    cfg = get_cfg()
+    add_deeplab_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_deeplab_backbone"
+    set_keys(
+        cfg.MODEL.RESNETS,
+        OUT_FEATURES=["res2", "res3", "res5"],
+        STRIDE_IN_1X1=False,
+        RES5_DILATION=2,
+    )
+    set_keys(
+        cfg.MODEL.SEM_SEG_HEAD,
+        NAME="DeepLabV3PlusHead",
+        IN_FEATURES=["res2", "res5"],
+        NUM_CLASSES=19,
+        CONVS_DIM=256,
+    )
+    set_keys(cfg.MODEL.SEM_SEG_HEAD, **overrides)
+    return cfg
+
+
+def deeplab_v3():
+    return deeplab(NAME="DeepLabV3Head", IN_FEATURES=["res5"], COMMON_STRIDE=16)
+
+
+def deeplab_v3plus():
+    return deeplab()
+
+
+def deeplab_v3plus_depthwise_separable():
+    return deeplab(USE_DEPTHWISE_SEPARABLE_CONV=True)
+
+
+def import_panoptic_deeplab():
+    """Its data mapper imports panopticapi, which no package index has; the model does without."""
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("panopticapi") is None:
+            stand_in = types.ModuleType("panopticapi.utils")
+            stand_in.rgb2id = None
+            patch.setitem(sys.modules, "panopticapi", types.ModuleType("panopticapi"))
+            patch.setitem(sys.modules, "panopticapi.utils", stand_in)
+        return importlib.import_module("detectron2.projects.panoptic_deeplab")
+
+
+def panoptic_deeplab():
+    cfg = get_cfg()
+    import_panoptic_deeplab().add_panoptic_deeplab_config(cfg)
+    cfg.DATASETS.TRAIN = ("coco_2017_train_panoptic",)
+    cfg.MODEL.META_ARCHITECTURE = "PanopticDeepLab"
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_deeplab_backbone"
+    set_keys(
+        cfg.MODEL.RESNETS,
+        OUT_FEATURES=["res2", "res3", "res5"],
+        STRIDE_IN_1X1=False,
+        RES5_DILATION=2,
+    )
+    set_keys(
+        cfg.MODEL.SEM_SEG_HEAD,
+        NAME="PanopticDeepLabSemSegHead",
+        IN_FEATURES=["res2", "res3", "res5"],
+        PROJECT_FEATURES=["res2", "res3"],
+        PROJECT_CHANNELS=[32, 64],
+        NUM_CLASSES=19,
+        CONVS_DIM=256,
+    )
+    return cfg
+
+
+def panoptic_deeplab_depthwise_separable():
+    cfg = panoptic_deeplab()
+    cfg.MODEL.SEM_SEG_HEAD.USE_DEPTHWISE_SEPARABLE_CONV = True
+    cfg.MODEL.PANOPTIC_DEEPLAB.USE_DEPTHWISE_SEPARABLE_CONV = True
+    return cfg
+
+
+def pointrend_instances():
+    cfg = get_cfg()
+    add_pointrend_config(cfg)
+    cfg.merge_from_file(
+        model_zoo.get_config_file("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
+    )
+    cfg.MODEL.ROI_HEADS.NAME = "PointRendROIHeads"
+    set_keys(cfg.MODEL.ROI_MASK_HEAD, NAME="PointRendMaskHead", POOLER_TYPE="", POINT_HEAD_ON=True)
+    return cfg
+
+
+def pointrend_semantic():
+    cfg = get_cfg()
+    add_pointrend_config(cfg)
+    cfg.merge_from_file(model_zoo.get_config_file("Misc/semantic_R_50_FPN_1x.yaml"))
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "PointRendSemSegHead"
+    cfg.MODEL.POINT_HEAD.NUM_CLASSES = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    return cfg
+
+
+def vitdet_on_resnet():
+    """ViTDet's pyramid and heads. Its ViT has no convolutions with a norm, and needs timm."""
+    model = model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model
+    resnet = model_zoo.get_config("common/models/mask_rcnn_c4.py").model.backbone
+    set_keys(model.backbone, net=resnet, in_feature="res4", square_pad=SIZE)
+    return model
+
+
+def regnet_of_basic_blocks():
+    return LazyCall(RegNet)(
+        stem_class=ResStem,
+        stem_width=8,
+        block_class=ResBasicBlock,
+        depth=6,
+        w_a=8,
+        w_0=8,
+        w_m=2,
+        group_width=8,
+    )
+
+
+def anynet_of_vanilla_blocks():
+    return LazyCall(AnyNet)(
+        stem_class=SimpleStem,
+        stem_width=8,
+        block_class=VanillaBlock,
+        depths=[2, 1],
+        widths=[8, 16],
+        group_widths=[8, 8],
+        strides=[2, 2],
+        bottleneck_ratios=[1.0, 1.0],
+        se_ratio=0.0,
+        activation_class=nn.ReLU,
+    )
+
+
+def vit_residual_block():
+    return LazyCall(ResBottleneckBlock)(in_channels=8, out_channels=8, bottleneck_channels=4)
+
+
+OTHER_ARCHITECTURES = [
+    mask_rcnn_resnet18,
+    deeplab_v3,
+    deeplab_v3plus,
+    deeplab_v3plus_depthwise_separable,
+    panoptic_deeplab,
+    panoptic_deeplab_depthwise_separable,
+    pointrend_instances,
+    pointrend_semantic,
+    vitdet_on_resnet,
+]
+BACKBONES = [regnet_of_basic_blocks, anynet_of_vanilla_blocks, vit_residual_block]
+
+
+def name_of(architecture):
+    return getattr(architecture, "__name__", architecture)
+
+
+def load(architecture):
+    """
+    Args:
+        architecture: a file of the zoo, or a function that returns a config.
+
+    Returns:
+        a CfgNode, or the lazy config of a model.
+    """
+    if callable(architecture):
+        return architecture()
+    config = model_zoo.get_config(architecture)
+    return config if isinstance(config, CfgNode) else config.model
+
+
+def set_keys(node, **values):
+    for key, value in values.items():
+        assert key in node
+        node[key] = value
+
+
+def set_where_present(config, values):
+    """Sets the keys wherever in a config they occur."""
+    is_tree = isinstance(config, (CfgNode, DictConfig, ListConfig))
+    keys = config.keys() if hasattr(config, "keys") else range(len(config)) if is_tree else []
+    for key in list(keys):
+        if key in values:
+            config[key] = values[key]
+        elif isinstance(config[key], (CfgNode, DictConfig, ListConfig)):
+            set_where_present(config[key], values)
+
+
+def add_absent_norms(config):
+    """Spells out the norm arguments that a lazy config leaves at their default values."""
+    if isinstance(config, DictConfig) and "_target_" in config:
+        target = config["_target_"]
+        signature = inspect.signature(locate(target) if isinstance(target, str) else target)
+        for name in {"norm", "conv_norm"} & set(signature.parameters) - set(config):
+            config[name] = ""
+    if isinstance(config, (DictConfig, ListConfig)):
+        for key in list(config.keys()) if isinstance(config, DictConfig) else range(len(config)):
+            add_absent_norms(config[key])
+
+
+def build(config, norm):
+    """A model with the given norm in each place where its config takes the name of one."""
+    add_absent_norms(config)
+    set_where_present(config, {"NORM": norm, "norm": norm, "conv_norm": norm})
+    return build_model(config) if isinstance(config, CfgNode) else instantiate(config)
+
+
+def build_for_inspection(architecture, norm):
+    """On PyTorch's meta device: without memory, and in no time."""
+    config = load(architecture)
+    if isinstance(config, CfgNode):
+        config.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build(config, norm)
+
+
+def shrink(config):
+    """A narrow model with few proposals and no frozen layers, for a fast training step."""
+    if isinstance(config, CfgNode):
+        values = {
+            "DEVICE": "cpu",
+            "FREEZE_AT": 0,
+            "STEM_OUT_CHANNELS": 16,
+            "RES2_OUT_CHANNELS": 32 if config.MODEL.RESNETS.DEPTH >= 50 else 64,
+            "WIDTH_PER_GROUP": 8 if config.MODEL.RESNETS.NUM_GROUPS == 1 else 1,
+            "OUT_CHANNELS": 16,
+            "CONV_DIM": 16,
+            "FC_DIM": 16,
+            "CONV_DIMS": [16, 16],
+            "CONVS_DIM": 16,
+            "ASPP_CHANNELS": 16,
+            "HEAD_CHANNELS": 16,
+            "NUM_CLASSES": 3,
+            "BATCH_SIZE_PER_IMAGE": 8,
+            "POST_NMS_TOPK_TRAIN": 20,
+        }
+    else:
+        values = {
+            "freeze_at": 0,
+            "num_classes": 3,
+            "batch_size_per_image": 8,
+            "post_nms_topk": (20, 20),
+            "fc_dims": [1024],
+        }
+    set_where_present(config, values)
+    return config
+
+
+def random_inputs():
+    """Two images with the ground truth of every task, in the format of Detectron2's mappers."""
+    boxes = torch.tensor([[4.0, 4.0, 36.0, 40.0], [20.0, 16.0, 60.0, 60.0]])
+    inside = torch.zeros(2, SIZE, SIZE, dtype=torch.bool)
+    for mask, (x0, y0, x1, y1) in zip(inside, boxes.int().tolist()):
+        mask[y0:y1, x0:x1] = True
+    inputs = []
+    for _ in range(2):
+        instances = Instances((SIZE, SIZE), gt_boxes=Boxes(boxes), gt_classes=torch.tensor([0, 2]))
+        instances.gt_masks = BitMasks(inside)
+        points = boxes[:, None, :2] + 16 * torch.rand(2, 17, 2)
+        instances.gt_keypoints = Keypoints(torch.cat([points, torch.full((2, 17, 1), 2.0)], dim=2))
+        proposals = Instances((SIZE, SIZE), proposal_boxes=Boxes(boxes + 2))
+        proposals.objectness_logits = torch.ones(2)
+        inputs.append(
+            {
+                "image": torch.randint(0, 256, (3, SIZE, SIZE)).float(),
+                "instances": instances,
+                "proposals": proposals,
+                "sem_seg": torch.randint(0, 3, (SIZE, SIZE)),
+                "center": torch.rand(SIZE, SIZE),
+                "center_weights": torch.ones(SIZE, SIZE),
+                "offset": torch.randn(2, SIZE, SIZE),
+                "offset_weights": torch.ones(SIZE, SIZE),
+            }
+        )
+    return inputs
+
+
+def train_step(model):
+    with EventStorage():
+        losses = model.train()(random_inputs())
+    sum(losses.values()).backward()
+    return losses
+
+
+# ---- what a model holds --------------------------------------------------------------------------
+
+
+def norm_sites(model, norm_class):
+    """Names of the norms of a class. A list with one norm per feature level counts as one."""
+    lists = [m for m in model.modules() if isinstance(m, CycleBatchNormList)]
+    in_lists = {norm for norms in lists for norm in norms}
+    return {
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, norm_class) and module not in in_lists)
+        or (module in lists and all(isinstance(norm, norm_class) for norm in module))
+    }
+
+
+def norms_of(model):
+    return [module for module in model.modules() if isinstance(module, MABN2d)]
+
+
+def centralized_convolutions(model):
+    return [m for m in model.modules() if isinstance(m, (CenConv2d, CentralizedKernel))]
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    list_zoo() + OTHER_ARCHITECTURES + BACKBONES,
+    ids=name_of,
+)
+def test_mabn_stands_where_bn_would_and_each_has_a_centralized_convolution(architecture):
+    with_bn = build_for_inspection(architecture, "BN")
+    model = build_for_inspection(architecture, "MABN")
+    sites = norm_sites(model, MABN2d)
+    assert sites
+    assert sites == norm_sites(with_bn, (nn.BatchNorm2d, FrozenBatchNorm2d))
+    assert not norm_sites(model, OTHER_NORMS)
+    assert len(centralized_convolutions(model)) == len(sites)
+
+
+# ---- what a training step does -------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """
+    Records every convolution: id of its output -> the output and the kernel that made it.
+
+    Deformable convolutions are computed by torchvision, which has their backward pass on the CPU.
+    """
+    recorded = {}
+
+    def recording(function, output_dim=0):
+        def call(x, kernel, *args, **kwargs):
+            out = function(x, kernel, *args, **kwargs)
+            recorded[id(out)] = out, kernel.detach().transpose(0, output_dim)
+            return out
+
+        return call
+
+    def modulated(x, offset, mask, kernel, bias, stride, padding, dilation, *_):
+        def compute(x, kernel):
+            return deform_conv2d(x, offset, kernel, bias, stride, padding, dilation, mask)
+
+        return recording(compute)(x, kernel)
+
+    def deformable(x, offset, kernel, *geometry):
+        return modulated(x, offset, None, kernel, None, *geometry)
+
+    monkeypatch.setattr(F, "conv2d", recording(F.conv2d))
+    monkeypatch.setattr(F, "conv_transpose2d", recording(F.conv_transpose2d, output_dim=1))
+    monkeypatch.setattr(deform_conv, "deform_conv", deformable)
+    monkeypatch.setattr(deform_conv, "modulated_deform_conv", modulated)
+    return recorded
+
+
+def mean_relative_to_largest(kernels):
+    """For each output channel; 0 for a centralized kernel."""
+    return kernels.mean((1, 2, 3)).abs() / kernels.abs().amax((1, 2, 3)).clamp(min=1e-30)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        *[name for name in list_zoo() if name.endswith(".yaml")],
+        "COCO-Detection/fcos_R_50_FPN_1x.py",
+        "COCO-Detection/retinanet_R_50_FPN_1x.py",
+        "COCO-InstanceSegmentation/mask_rcnn_regnetx_4gf_dds_fpn_1x.py",
+        "COCO-InstanceSegmentation/mask_rcnn_regnety_4gf_dds_fpn_1x.py",
+        "new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py",
+        *OTHER_ARCHITECTURES,
+    ],
+    ids=name_of,
+)
+def test_in_training_every_mabn_is_given_the_output_of_a_zero_mean_kernel(architecture, kernels):
+    model = build(shrink(load(architecture)), "MABN")
+    fed_by = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MABN2d):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: fed_by.update({name: kernels.get(id(args[0]))})
+            )
+
+    losses = train_step(model)
+
+    assert losses and all(loss.isfinite() for loss in losses.values())
+    norms = {name for name, module in model.named_modules() if isinstance(module, MABN2d)}
+    assert set(fed_by) == norms
+    assert [name for name, made_by in fed_by.items() if made_by is None] == []
+    off_center = {name: mean_relative_to_largest(made_by[1]) for name, made_by in fed_by.items()}
+    assert {name: mean.max() for name, mean in off_center.items() if mean.max() > 1e-6} == {}
+    assert all(norm.second_moment.count > 0 for norm in norms_of(model))
+    for convolution in centralized_convolutions(model):
+        assert mean_relative_to_largest(convolution.weight.detach()).max() > 1e-4
+        assert convolution.weight.grad.isfinite().all()
+        assert convolution.weight.grad.abs().sum() > 0
+        assert mean_relative_to_largest(convolution.weight.grad).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "COCO-Detection/fcos_R_50_FPN_1x.py",
+        "COCO-Detection/retinanet_R_50_FPN_1x.py",
+        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+    ],
+)
+def test_a_head_that_is_shared_over_feature_levels_keeps_statistics_of_each_level(architecture):
+    model = build(shrink(load(architecture)), "MABN")
+    train_step(model)
+    lists = [m for m in model.modules() if isinstance(m, CycleBatchNormList)]
+    assert len(lists) == 2 * 4  # subnets, convolutions
+    for norms in lists:
+        assert [type(norm) for norm in norms] == 5 * [MABN2d]
+        assert [norm.second_moment.count.item() for norm in norms] == 5 * [1]
+        assert len({tuple(norm.running_var.tolist()) for norm in norms}) == 5
+        assert norms.weight.grad.abs().sum() > 0
+
+
+# ---- names and options of norms ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DETECTRON2_NORMS)
+def test_a_norm_of_detectron2_is_still_built_by_detectron2(name):
+    own = inspect.unwrap(detectron2.layers.get_norm)(name, 32)
+    assert isinstance(own, nn.Module)
+    assert type(get_norm(name, 32)) is type(own)
+
+
+def test_what_is_not_a_name_of_a_norm_is_left_to_detectron2():
+    assert get_norm("", 8) is None
+    assert get_norm(None, 8) is None
+    assert isinstance(get_norm(lambda channels: nn.GroupNorm(2, channels), 8), nn.GroupNorm)
+
+
+def test_error_for_an_unknown_norm_quotes_it_and_lists_the_accepted_names():
+    cfg = model_zoo.get_config("COCO-Detection/rpn_R_50_FPN_1x.yaml")
+    cfg.MODEL.FPN.NORM = "MABM"
+    with pytest.raises(ValueError, match="'MABM'") as error:
+        build_backbone(cfg)
+    for name in ("MABN", *DETECTRON2_NORMS):
+        assert re.search(rf"\b{name}\b", str(error.value))
+
+
+def options_in(model):
+    return {
+        (
+            norm.momentum,
+            norm.eps,
+            norm.second_moment.buffer_size,
+            norm.second_moment.warmup_iters,
+            norm.psi.buffer_size,
+            norm.psi.warmup_iters,
+            norm.renorm_clip,
+            norm.renorm_start_iter,
+        )
+        for norm in norms_of(model)
+    }
+
+
+@pytest.mark.parametrize("build_from", [build_model, build_backbone])
+def test_options_in_the_config_reach_every_norm(build_from):
+    cfg = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    add_mabn_config(cfg)
+    set_keys(
+        cfg.MODEL.MABN,
+        MOMENTUM=0.1,
+        EPS=1e-3,
+        BUFFER_SIZE=8,
+        WARMUP_ITERS=20,
+        RENORM_CLIP=2.0,
+        RENORM_START_ITER=30,
+    )
+    cfg.MODEL.DEVICE = "cpu"
+    set_where_present(shrink(cfg), {"NORM": "MABN"})
+    assert options_in(build_from(cfg)) == {(0.1, 1e-3, 8, 20, 8, 20, 2.0, 30)}
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "py"])
+def test_a_config_without_options_gets_the_constants_of_the_paper(suffix):
+    config = load(f"COCO-Detection/retinanet_R_50_FPN_1x.{suffix}")
+    model = build(shrink(config), "MABN")
+    assert options_in(model) == {(0.02, 1e-5, 16, 100, 16, 100, 5.0, 1000)}
+
+
+def test_options_of_one_model_do_not_leak_into_the_next():
+    cfg = load("COCO-Detection/rpn_R_50_FPN_1x.yaml")
+    add_mabn_config(cfg)
+    cfg.MODEL.MABN.BUFFER_SIZE = 3
+    build(shrink(cfg), "MABN")
+    assert get_norm("MABN", 8).second_moment.buffer_size == 16
+
+
+# ---- installation --------------------------------------------------------------------------------
+
+
+def replaced_in_detectron2():
+    """What in Detectron2's modules is code of this package."""
+    folder = str(Path(mabn_d2.__file__).parent)
+    return {
+        f"{module_name}.{name}"
+        for module_name, module in list(sys.modules.items())
+        if module_name.startswith("detectron2")
+        for name, value in vars(module).items()
+        for function in [value.__init__ if inspect.isclass(value) else value]
+        if inspect.isfunction(function) and function.__code__.co_filename.startswith(folder)
+    }
+
+
+def test_installing_again_changes_nothing():
+    before = replaced_in_detectron2()
+    functions = get_norm, build_model, detectron2.layers.Conv2d.__init__
+    mabn_d2.install()
+    assert replaced_in_detectron2() == before
+    assert (get_norm, build_model, detectron2.layers.Conv2d.__init__) == functions
+
+
+def test_uninstalling_gives_detectron2_its_own_functions_back():
+    before = replaced_in_detectron2()
+    assert {"detectron2.layers.get_norm", "detectron2.modeling.build_model"} <= before
+    try:
+        mabn_d2.uninstall()
+        assert replaced_in_detectron2() == set()
+        with pytest.raises(KeyError):
+            get_norm("MABN", 8)
+        mabn_d2.uninstall()
+    finally:
+        mabn_d2.install()
+    assert replaced_in_detectron2() == before
+    assert isinstance(get_norm("MABN", 8), MABN2d)
+
+
+def run_python(*arguments, cwd):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_a_module_that_took_its_functions_from_detectron2_earlier_knows_the_norm(tmp_path):
+    (tmp_path / "early.py").write_text(
+        "from detectron2.config import get_cfg\n"
+        "from detectron2.layers import get_norm as create\n"
+        "from detectron2.modeling import build_backbone\n"
+    )
+    program = """
+        import early
+        import mabn_d2
+
+        assert isinstance(early.create("MABN", 8), mabn_d2.MABN2d)
+        cfg = early.get_cfg()
+        cfg.MODEL.RESNETS.NORM = "MABN"
+        backbone = early.build_backbone(cfg)
+        assert sum(isinstance(m, mabn_d2.CenConv2d) for m in backbone.modules()) == 43
+    """
+    run_python("-c", textwrap.dedent(program), cwd=tmp_path)
+
+
+STOCK_SCRIPT = """
+    from detectron2.config import get_cfg
+    from detectron2.data.datasets import register_coco_instances
+    from detectron2.engine import DefaultTrainer, default_setup, launch
+    from detectron2.engine import default_argument_parser
+
+
+    def setup(args):
+        cfg = get_cfg()
+        cfg.merge_from_file(args.config_file)
+        cfg.merge_from_list(args.opts)
+        cfg.freeze()
+        default_setup(cfg, args)
+        return cfg
+
+
+    def main(args):
+        register_coco_instances("tiny", {}, "shapes/annotations/instances_train.json", "shapes/train")
+        trainer = DefaultTrainer(setup(args))
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
+
+
+    if __name__ == "__main__":
+        args = default_argument_parser().parse_args()
+        launch(main, args.num_gpus, args=(args,))
+"""
+
+
+def test_a_training_script_of_detectron2_needs_the_import_alone(tmp_path):
+    make_synthetic_coco(tmp_path, train=4, val=1, size=SIZE)
+    (tmp_path / "train_net.py").write_text("import mabn_d2\n" + textwrap.dedent(STOCK_SCRIPT))
+    cfg = shrink(load("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"))
+    cfg.MODEL.WEIGHTS = ""
+    cfg.MODEL.RESNETS.NORM = "MABN"
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 6
+    cfg.DATASETS.TRAIN = ("tiny",)
+    cfg.DATASETS.TEST = ()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    set_keys(cfg.INPUT, MIN_SIZE_TRAIN=(SIZE,))
+    set_keys(cfg.SOLVER, IMS_PER_BATCH=2, MAX_ITER=3, STEPS=(), WARMUP_ITERS=0, BASE_LR=1e-3)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+
+    run_python("train_net.py", "--config-file", "config.yaml", cwd=tmp_path)
+
+    metrics = [json.loads(line) for line in (tmp_path / "output/metrics.json").open()]
+    assert math.isfinite(metrics[-1]["total_loss"])
+    state = torch.load(tmp_path / "output/model_final.pth")["model"]
+    counts = [value for key, value in state.items() if key.endswith("second_moment.count")]
+    assert len(counts) == 53
+    assert all(count == 3 for count in counts)

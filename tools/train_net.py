@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""
+Trains and evaluates detection models with the norms of this package.
+
+Takes the options of Detectron2's own `tools/train_net.py`. On a machine without a GPU,
+`--num-gpus N` starts N workers on the CPU.
+"""
+import sys
+
+import torch
+
+from detectron2.config import get_cfg
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from mabn_d2 import add_mabn_config
+from mabn_d2.config import mabn_options
+from mabn_d2.checkpoint import Checkpointer
+from mabn_d2.data import register_shapes
+from mabn_d2.engine import Trainer
+from mabn_d2.norms import check_norm_names
+
+
+def setup(args):
+    """The frozen config of the command line's file and options."""
+    cfg = get_cfg()
+    add_mabn_config(cfg)
+    cfg.merge_from_file(args.config_file)
+    cfg.merge_from_list(args.opts)
+    mabn_options(cfg)
+    check_norm_names(cfg)
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    cfg.freeze()
+    return cfg
+
+
+def main(args):
+    register_shapes()
+    cfg = setup(args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mabn_d2")
+    default_setup(cfg, args)
+    if cfg.MODEL.DEVICE == "cpu":  # workers that compete for the cores wait for one another
+        torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_world_size()))
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    try:  # a wrong option is reported before any worker starts
+        setup(args)
+    except (ValueError, KeyError, AssertionError, OSError) as error:
+        sys.exit(f"train_net.py: error: {error}")
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
