@@ -1,5 +1,6 @@
 """Checkpoints that are whole or not there."""
 import contextlib
+import logging
 import os
 import tempfile
 from typing import IO, Iterator
@@ -7,6 +8,10 @@ from typing import IO, Iterator
 import torch
 
 from detectron2.checkpoint import DetectionCheckpointer
+
+from .layers import MABN2d
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -43,6 +48,28 @@ class Checkpointer(DetectionCheckpointer):
     A `DetectionCheckpointer` that writes to local disk such that a job killed at any moment leaves
     the last complete checkpoint, and a `last_checkpoint` that names it.
     """
+
+    def load(self, path, *args, **kwargs):
+        self._path = path
+        return super().load(path, *args, **kwargs)
+
+    def _load_model(self, checkpoint):
+        incompatible = super()._load_model(checkpoint)
+        missing = set(incompatible.missing_keys)
+        names = [name for name, m in self.model.named_modules() if isinstance(m, MABN2d)]
+        # Weights without MABN's statistics are another norm's; without any, they are of other layers.
+        foreign = [
+            name for name in names
+            if f"{name}.psi.count" in missing and f"{name}.weight" not in missing
+        ]  # fmt: skip
+        if foreign:
+            logger.warning(
+                "%s holds weights of another norm, such as BN, for %d of %d MABN layers (%s, ...). "
+                "MABN needs weights that were trained with MABN and centralized kernels: with others "
+                "expect to lose about half of the AP. Start from MABN weights or from scratch.",
+                self._path, len(foreign), len(names), foreign[0],
+            )  # fmt: skip
+        return incompatible
 
     def save(self, name: str, **kwargs) -> None:
         if not self.save_dir or not self.save_to_disk:

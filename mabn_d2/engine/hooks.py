@@ -1,5 +1,6 @@
 """Hooks for Detectron2's training loop."""
-from typing import Iterator
+import itertools
+from typing import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -7,8 +8,10 @@ from torch import nn
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 
-from ..layers import MABN2d
+from ..layers import MABN2d, population_statistics
 
 _NORMS_WITH_STATISTICS = (MABN2d, nn.modules.batchnorm._BatchNorm)
 
@@ -45,6 +48,49 @@ def average_norm_statistics(model: nn.Module) -> None:
             flat /= world_size
         for tensor, reduced in zip(tensors, flat.split([t.numel() for t in tensors])):
             tensor.copy_(reduced.view_as(tensor))
+
+
+@torch.no_grad()
+def update_norm_statistics(model: nn.Module, batches: Iterable, num_iters: int) -> None:
+    """
+    Recomputes the running statistics of all norms over `num_iters` batches with fixed weights.
+
+    Args:
+        model: in training mode; called with each batch.
+        batches: iterable of what the model takes, at least `num_iters` long.
+    """
+    with population_statistics(model), EventStorage():  # what the model logs is not training's
+        if get_bn_modules(model):
+            update_bn_stats(model, batches, num_iters)
+        else:
+            for batch in itertools.islice(batches, num_iters):
+                model(batch)
+
+
+class PreciseStatistics(HookBase):
+    """
+    `TEST.PRECISE_BN` for all norms: recomputes their running statistics before evaluation.
+
+    Detectron2's own `PreciseBN` passes over every norm that it does not know.
+    """
+
+    def __init__(self, period: int, build_loader: Callable[[int], Iterable], num_iters: int):
+        """
+        Args:
+            period: iterations between evaluations, 0 for after the last iteration only.
+            build_loader: called with the iteration; the training batches to use there.
+            num_iters: number of batches.
+        """
+        self._period = period
+        self._build_loader = build_loader
+        self._num_iters = num_iters
+
+    def after_step(self):
+        trainer = self.trainer
+        next_iter = trainer.iter + 1
+        if next_iter == trainer.max_iter or (self._period > 0 and next_iter % self._period == 0):
+            loader = self._build_loader(trainer.iter)
+            update_norm_statistics(trainer.model, iter(loader), self._num_iters)
 
 
 class SyncNormStatistics(HookBase):

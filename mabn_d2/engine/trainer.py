@@ -27,7 +27,7 @@ from ..checkpoint import Checkpointer
 from ..config import mabn_options
 from ..data.loader import TrainLoader, build_train_loader, seed_from
 from ..surgery import find_norm_sites
-from .hooks import SyncNormStatistics
+from .hooks import PreciseStatistics, SyncNormStatistics
 
 _EVALUATORS = {
     "coco": [COCOEvaluator],
@@ -98,11 +98,29 @@ class Trainer(DefaultTrainer):
         self.seed = state_dict.get("seed", self.seed)
 
     def build_hooks(self):
-        sync = SyncNormStatistics(self.cfg.TEST.EVAL_PERIOD, self.cfg.SOLVER.CHECKPOINT_PERIOD)
-        ret = [hook for hook in super().build_hooks() if hook is not None]
-        before = (hooks.PeriodicCheckpointer, hooks.EvalHook)
-        ret.insert(next(i for i, hook in enumerate(ret) if isinstance(hook, before)), sync)
-        return ret
+        cfg = self.cfg
+        before = [SyncNormStatistics(cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)]
+        if cfg.TEST.PRECISE_BN.ENABLED:
+            before.insert(
+                0,
+                PreciseStatistics(
+                    cfg.TEST.EVAL_PERIOD, self._build_precise_loader, cfg.TEST.PRECISE_BN.NUM_ITER
+                ),
+            )
+        ret = [h for h in super().build_hooks() if h and not isinstance(h, hooks.PreciseBN)]
+        after = (hooks.PeriodicCheckpointer, hooks.EvalHook)
+        place = next(i for i, hook in enumerate(ret) if isinstance(hook, after))
+        return [*ret[:place], *before, *ret[place:]]
+
+    def _build_precise_loader(self, iteration: int):
+        """Batches that depend on the iteration alone, or a resumed run would get others."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        loader = self.build_train_loader(cfg)
+        if isinstance(loader, TrainLoader):
+            loader.seed = seed_from(self.seed, iteration)
+        return loader
 
     @classmethod
     def build_train_loader(cls, cfg):

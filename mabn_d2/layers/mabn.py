@@ -5,13 +5,14 @@ Paper: Towards Stabilizing Batch Statistics in Backward Propagation of Batch Nor
 ICLR 2020, https://arxiv.org/abs/2001.06838
 Authors' release: https://github.com/megvii-model/MABN
 """
-from typing import Any, Callable, Dict, Optional, Tuple
+import contextlib
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .moving_average import MovingAverage, Statistics
+from .moving_average import MovingAverage, Statistics, record_and_average
 
 
 _ACCEPTED = {
@@ -72,29 +73,42 @@ class _MABNFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, second_moment, r, average_psi, eps):
+    def forward(
+        ctx, x, weight, bias, second_moment, r, loss_scale, psi_values, psi_count, psi_warmup, eps
+    ):
         scale = r if weight is None else r * weight  # γ·r
         mean = torch.zeros_like(second_moment)
         ctx.save_for_backward(x, scale, second_moment, r)
-        ctx.average_psi, ctx.eps = average_psi, eps
+        ctx.loss_scale, ctx.eps = loss_scale, eps
+        ctx.psi_values, ctx.psi_count, ctx.psi_warmup = psi_values, psi_count, psi_warmup
         return F.batch_norm(x, mean, second_moment, scale, bias, training=False, eps=eps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d):
         x, scale, second_moment, r = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        mean = torch.zeros_like(second_moment)
         grad_x, sum_dz, sum_d = torch.ops.aten.native_batch_norm_backward(
-            d, x, scale, torch.zeros_like(second_moment), second_moment, None, None,
+            d, x, scale, mean, second_moment, None, None,
             False, ctx.eps, [needs_x, needs_x or needs_weight, needs_bias],
         )  # fmt: skip
         if needs_x:
             psi = scale * sum_dz / (x.numel() // x.shape[1])  # ψ_B = mean(g·z)
-            psi = ctx.average_psi(psi)
-            coefficient = psi / (second_moment + ctx.eps)
-            grad_x.addcmul_(x, coefficient[:, None, None], value=-1)
+            if ctx.loss_scale is not None:  # the buffer is in the unit of the unscaled loss
+                psi = psi / ctx.loss_scale
+            psi = record_and_average(psi, ctx.psi_values, ctx.psi_count, ctx.psi_warmup)
+            if ctx.loss_scale is not None:
+                psi = psi * ctx.loss_scale
+            if x.dtype == psi.dtype:
+                coefficient = psi / (second_moment + ctx.eps)
+                grad_x.addcmul_(x, coefficient[:, None, None], value=-1)
+            else:
+                # z·ψ̄/χ̄ computed in float32 without a float32 copy of x, as the line above makes one.
+                weight = psi * (second_moment + ctx.eps).rsqrt()
+                grad_x -= F.batch_norm(x, mean, second_moment, weight, training=False, eps=ctx.eps)
         grad_weight = r * sum_dz if needs_weight else None
-        return grad_x, grad_weight, sum_d, None, None, None, None
+        return (grad_x, grad_weight, sum_d) + (None,) * 7
 
 
 class MABN2d(Statistics):
@@ -225,22 +239,17 @@ class MABN2d(Statistics):
             second_moment, r = self._last_statistics
         else:
             second_moment, r = self._last_statistics = self._update_statistics(x)
+        loss_scale = None
+        if self.grad_scaler is not None:  # `scale` does not wait for the device
+            loss_scale = self.grad_scaler.scale(torch.ones_like(r[0]))
         return _MABNFunction.apply(
-            x, self._float(self.weight), self._float(self.bias), second_moment, r,
-            self._average_psi, self.eps,
+            x, self._float(self.weight), self._float(self.bias), second_moment, r, loss_scale,
+            self.psi.values, self.psi.count, self.psi.warmup_iters, self.eps,
         )  # fmt: skip
 
     def _float(self, parameter: Optional[nn.Parameter]) -> Optional[torch.Tensor]:
         """The parameter in the type of the statistics, which `.half()` leaves as they are."""
         return None if parameter is None else parameter.to(self.running_var.dtype)
-
-    def _average_psi(self, psi: torch.Tensor) -> torch.Tensor:
-        """ψ̄ from ψ_B, in the unit of the loss that is differentiated."""
-        if self.grad_scaler is None:
-            return self.psi(psi)
-        # The buffer is kept in the unit of the unscaled loss. `scale` does not wait for the device.
-        loss_scale = self.grad_scaler.scale(torch.ones_like(psi))
-        return self.psi(psi / loss_scale) * loss_scale
 
     @torch.no_grad()
     def _update_statistics(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -274,6 +283,19 @@ class MABN2d(Statistics):
             return scale, torch.zeros_like(scale)
         return scale * self.weight, self.bias
 
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """Also takes the keys of the authors' release."""
+        if prefix + "iters" in state_dict:
+            count = state_dict.pop(prefix + "iters").reshape(())
+            running_var = state_dict[prefix + "running_var"]
+            state_dict[prefix + "running_var"] = running_var.reshape(-1)
+            for theirs, ours in [("buffer_x2", "second_moment"), ("buffer_gz", "psi")]:
+                # Iteration t, counted from 1, is in row t there and in row t - 1 here.
+                values = state_dict.pop(prefix + theirs).roll(-1, 0)
+                state_dict[f"{prefix}{ours}.values"] = values
+                state_dict[f"{prefix}{ours}.count"] = count.clone()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
     def __repr__(self) -> str:
         average = self.second_moment
         return (
@@ -282,6 +304,48 @@ class MABN2d(Statistics):
             f"warmup_iters={average.warmup_iters}, renorm_clip={self.renorm_clip}, "
             f"renorm_start_iter={self.renorm_start_iter}, affine={self.affine})"
         )
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def population_statistics(model: nn.Module) -> Iterator[None]:
+    """
+    Estimates the running statistics of every MABN from the batches that are run in the block.
+
+    Inside, the model runs in training mode with fixed weights. On leaving, `running_var` of a layer
+    is the mean of x² over everything it has seen, and its moving averages are what they were. This
+    is for MABN what `fvcore.nn.precise_bn` is for BN. Frozen layers are left alone.
+    """
+    layers = [m for m in model.modules() if isinstance(m, MABN2d) and m.training and not m.frozen]
+    states = [{key: value.clone() for key, value in layer.state_dict().items()} for layer in layers]
+    renorm_start_iters = [layer.renorm_start_iter for layer in layers]
+    sums = [torch.zeros_like(layer.running_var, dtype=torch.float64) for layer in layers]
+    counts = [0] * len(layers)
+
+    def record(index):
+        def hook(layer, args):
+            (x,) = args
+            if x.numel() > 0:
+                sums[index] += channel_dot(x.detach(), x.detach(), layer.running_var.dtype)
+                counts[index] += x.numel() // layer.num_features
+
+        return hook
+
+    handles = []
+    for index, layer in enumerate(layers):
+        handles.append(layer.register_forward_pre_hook(record(index)))
+        layer.renorm_start_iter = float("inf")  # r would pull towards the old running statistic
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, state, start in zip(layers, states, renorm_start_iters):
+            layer.load_state_dict(state)
+            layer.renorm_start_iter = start
+    for layer, total, count in zip(layers, sums, counts):
+        if count:
+            layer.running_var.copy_(total / count)
 
 
 def follow_grad_scaler(model: nn.Module, grad_scaler) -> None:
