@@ -139,6 +139,7 @@ def _share_over_levels(original: Callable) -> Callable:
         input_shape = kwargs["input_shape"] if "input_shape" in kwargs else args[-1]
         with _set(_num_levels, len(input_shape)):
             original(self, *args, **kwargs)
+        centralize(self)
 
     return init
 
@@ -241,6 +242,9 @@ def install() -> None:
             (detectron2.layers.get_norm, _extend_get_norm),
             (detectron2.modeling.build_model, _centralize_what_is_built),
             (detectron2.modeling.build_backbone, _centralize_what_is_built),
+            (detectron2.modeling.build_proposal_generator, _centralize_what_is_built),
+            (detectron2.modeling.build_roi_heads, _centralize_what_is_built),
+            (detectron2.modeling.build_sem_seg_head, _centralize_what_is_built),
             (detectron2.config.instantiate, _centralize_what_is_built),
             (detectron2.solver.build.get_default_optimizer_params, _decay_like_other_norms),
         ]:

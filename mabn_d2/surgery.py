@@ -4,12 +4,15 @@ from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from torch import nn
 
-from .layers import CenConv2d, CentralizedKernel, MABN2d
+from .layers import CenConv2d, CenConvTranspose2d, CentralizedKernel, MABN2d
 
 logger = logging.getLogger(__name__)
 
 # Class of a convolution -> its centralized counterpart, which differs in forward only.
-CENTRALIZED_CLASSES: Dict[type, type] = {nn.Conv2d: CenConv2d}
+CENTRALIZED_CLASSES: Dict[type, type] = {
+    nn.Conv2d: CenConv2d,
+    nn.ConvTranspose2d: CenConvTranspose2d,
+}
 
 # Modules between a convolution and its norm that leave the mean at zero.
 _TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout2d)
@@ -70,7 +73,7 @@ def _norms_among_children(
     for name, child in parent.named_children():
         if is_mabn(child):
             channels = (child[0] if isinstance(child, nn.ModuleList) else child).num_features
-            fits = candidate is not None and candidate.weight.shape[0] == channels
+            fits = getattr(candidate, "out_channels", None) == channels
             yield name, child, *((candidate_name, candidate) if fits else (None, None))
             candidate_name, candidate = None, None
         elif is_convolution(child):

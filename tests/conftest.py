@@ -1,3 +1,5 @@
+import importlib.util
+
 import numpy as np
 import pytest
 import torch
@@ -9,3 +11,12 @@ import mabn_d2  # noqa: F401  registers the norms
 def seeded():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Detectron2 runs without its compiled operators, but for deformable convolution."""
+    if importlib.util.find_spec("detectron2._C") is None:
+        skip = pytest.mark.skip(reason="this Detectron2 has no compiled operators")
+        for item in items:
+            if "deform" in item.nodeid or "dconv" in item.nodeid:
+                item.add_marker(skip)

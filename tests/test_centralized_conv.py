@@ -61,13 +61,12 @@ def test_a_detectron2_convolution_is_centralized_where_the_norm_is_attached():
     plain = d2.Conv2d(3, 4, 3, bias=False, norm=d2.get_norm("BN", 4))
     assert type(conv) is CenConv2d and type(plain) is d2.Conv2d
     assert list(conv.state_dict())[0] == "weight"
-    deformable = d2.DeformConv(3, 4, 3, norm=d2.get_norm("MABN", 4))
-    assert type(deformable) is CenDeformConv
 
 
 def test_a_deformable_convolution_uses_the_centralized_kernel_and_keeps_the_raw_one():
     torch.manual_seed(0)
     conv = d2.DeformConv(3, 4, 3, padding=1, norm=d2.get_norm("MABN", 4)).eval()
+    assert type(conv) is CenDeformConv
     if not torch.cuda.is_available():
         # Detectron2 compiles the operator for GPUs alone; see which kernel reaches it.
         seen = []
@@ -116,14 +115,25 @@ def test_every_convolution_of_a_torchvision_model_that_feeds_a_mabn_is_found(arc
 def test_a_norm_without_a_centralized_convolution_is_warned_of_by_name(caplog):
     relu_between = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), MABN2d(4))
     first = nn.Sequential(MABN2d(3), nn.Conv2d(3, 4, 3))
-    transposed = nn.Sequential(nn.ConvTranspose2d(4, 4, 3), MABN2d(4))
+    unknown = nn.Sequential(torchvision.ops.DeformConv2d(4, 4, 3), MABN2d(4))
     good = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(), MABN2d(4))
     with caplog.at_level(logging.INFO):
-        centralize(nn.ModuleDict(dict(a=relu_between, b=first, c=transposed, d=good)))
+        centralize(nn.ModuleDict(dict(a=relu_between, b=first, c=unknown, d=good)))
     warned = [r.message.split()[1] for r in caplog.records if r.levelno == logging.WARNING]
     assert warned == ["a.2", "b.0", "c.1"]
-    assert "ConvTranspose2d" in caplog.text
+    assert "c.0 (DeformConv2d)" in caplog.text
     assert "4 norms, 1 centralized convolutions" in caplog.text
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_transposed_convolution_is_centralized_per_output_channel(groups):
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=groups, bias=False), MABN2d(6))
+    raw = model[0].weight.detach().clone()
+    assert centralize(model)[0].centralized
+    # The response of output channel o to an input of ones, summed over the kernel's positions.
+    response = model[0](torch.ones(1, 4, 1, 1)).sum((0, 2, 3))
+    torch.testing.assert_close(response, torch.zeros(6), rtol=0, atol=1e-6)
+    assert torch.equal(model[0].weight, raw) and raw.abs().sum() > 0
 
 
 def test_centralizing_twice_is_centralizing_once():

@@ -19,7 +19,7 @@ import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyCall, get_cfg, instantiate
-from detectron2.layers import CycleBatchNormList, ShapeSpec, deform_conv, get_norm
+from detectron2.layers import CycleBatchNormList, deform_conv, get_norm
 from detectron2.layers.batch_norm import FrozenBatchNorm2d, LayerNorm
 from detectron2.modeling import build_backbone, build_model
 from detectron2.modeling.backbone.regnet import (
@@ -121,7 +121,7 @@ def deeplab_v3plus_depthwise_separable():
 
 
 def import_panoptic_deeplab():
-    """Its data mapper imports panopticapi, which no package index has; the model does without."""
+    """Its data mapper imports panopticapi, which the model does without."""
     with pytest.MonkeyPatch.context() as patch:
         if importlib.util.find_spec("panopticapi") is None:
             stand_in = types.ModuleType("panopticapi.utils")
@@ -661,7 +661,8 @@ STOCK_SCRIPT = """
 
 
     def main(args):
-        register_coco_instances("tiny", {}, "shapes/annotations/instances_train.json", "shapes/train")
+        annotations = "shapes/annotations/instances_train.json"
+        register_coco_instances("tiny", {}, annotations, "shapes/train")
         trainer = DefaultTrainer(setup(args))
         trainer.resume_or_load(resume=args.resume)
         return trainer.train()

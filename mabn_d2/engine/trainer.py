@@ -62,7 +62,7 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
-        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self.seed = int(cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         self.train_loader = self.build_train_loader(cfg)

@@ -1,5 +1,5 @@
 """The norms and the centralized convolution, in plain PyTorch."""
-from .centralized_conv import CenConv2d, CentralizedKernel, centralize_kernel
+from .centralized_conv import CenConv2d, CenConvTranspose2d, CentralizedKernel, centralize_kernel
 from .mabn import MABN2d, follow_grad_scaler, population_statistics
 from .moving_average import MovingAverage
 

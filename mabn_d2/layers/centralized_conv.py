@@ -78,10 +78,25 @@ class CentralizedKernel:
     length of the call. `class CenDeformConv(CentralizedKernel, DeformConv): pass`
     """
 
+    centralize_kernel = staticmethod(centralize_kernel)
+
     def forward(self, *args, **kwargs):
         raw = self.weight
-        self._parameters["weight"] = centralize_kernel(raw)
+        self._parameters["weight"] = self.centralize_kernel(raw)
         try:
             return super().forward(*args, **kwargs)
         finally:
             self._parameters["weight"] = raw
+
+
+class CenConvTranspose2d(CentralizedKernel, nn.ConvTranspose2d):
+    """
+    Transposed convolution with a centralized kernel.
+
+    Its `weight` has the shape (in_channels, out_channels / groups, kh, kw); the mean is over the
+    in-channels of the group, height and width for each output channel, as in a convolution.
+    """
+
+    def centralize_kernel(self, weight: torch.Tensor) -> torch.Tensor:
+        grouped = weight.unflatten(0, (self.groups, -1))
+        return (grouped - grouped.mean(dim=(1, 3, 4), keepdim=True)).flatten(0, 1)

@@ -193,6 +193,7 @@ class MABN2d(Statistics):
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
+        self.warmup_iters = warmup_iters
         self.renorm_clip = renorm_clip
         self.renorm_start_iter = max(renorm_start_iter, warmup_iters)
         self.affine = affine
@@ -297,11 +298,10 @@ class MABN2d(Statistics):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __repr__(self) -> str:
-        average = self.second_moment
         return (
             f"{type(self).__name__}({self.num_features}, eps={self.eps}, "
-            f"momentum={self.momentum}, buffer_size={average.buffer_size}, "
-            f"warmup_iters={average.warmup_iters}, renorm_clip={self.renorm_clip}, "
+            f"momentum={self.momentum}, buffer_size={self.psi.buffer_size}, "
+            f"warmup_iters={self.warmup_iters}, renorm_clip={self.renorm_clip}, "
             f"renorm_start_iter={self.renorm_start_iter}, affine={self.affine})"
         )
 
