@@ -66,7 +66,8 @@ class Checkpointer(DetectionCheckpointer):
             logger.warning(
                 "%s holds weights of another norm, such as BN, for %d of %d MABN layers (%s, ...). "
                 "MABN needs weights that were trained with MABN and centralized kernels: with others "
-                "expect to lose about half of the AP. Start from MABN weights or from scratch.",
+                "expect to lose about half of the AP. tools/convert_weights.py converts MABN weights of "
+                "other code; without such weights train from scratch.",
                 self._path, len(foreign), len(names), foreign[0],
             )  # fmt: skip
         return incompatible

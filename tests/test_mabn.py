@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from mabn_d2.layers import MABN2d, follow_grad_scaler
@@ -420,6 +421,20 @@ def test_an_option_out_of_its_range_is_refused_by_name(options):
     (name, value), = options.items()
     with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
         MABN2d(**{"num_features": 3, **options})
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_nothing_in_a_training_step_reads_a_value_back_from_the_device(amp):
+    # Fake tensors have no values: `.item()` or a branch on one raises.
+    with FakeTensorMode():
+        norm = MABN2d(3)
+        if amp:
+            norm.grad_scaler = torch.amp.GradScaler("cpu")
+        x = torch.randn(2, 3, 4, 4, requires_grad=True)
+        norm(x).sum().backward()
+        assert x.grad.shape == x.shape
+        with pytest.raises(DataDependentOutputException):
+            norm.running_var.sum().item()
 
 
 def test_differentiating_twice_is_refused():

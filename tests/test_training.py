@@ -165,10 +165,15 @@ def test_evaluation_alone_prints_the_table_of_the_checkpoint(uninterrupted, shap
         (["MODEL.MABN.EPS", "small"], "MODEL.MABN.EPS"),
         (["MODEL.FPN.NORM", "MABM"], "MODEL.FPN.NORM must be one of MABN, BN, SyncBN"),
         (["MODEL.MABN.NO_SUCH_KEY", 1], "MODEL.MABN.NO_SUCH_KEY"),
+        (["DATASETS.TRAIN", "('no_such_set',)"], "DATASETS.TRAIN: no data set is registered"),
+        (["DATASETS.TEST", "('coco_2017_val',)"], "annotations/instances_val2017.json"),
+        (["MODEL.WEIGHTS", "missing.pth"], "MODEL.WEIGHTS: missing.pth does not exist"),
     ],
 )
-def test_a_wrong_option_is_reported_in_one_line_before_anything_starts(tmp_path, options, message):
-    done = train(tmp_path, tmp_path / "output", *options, check=False)
+def test_a_wrong_option_is_reported_in_one_line_before_anything_starts(
+    shapes, tmp_path, options, message
+):
+    done = train(shapes, tmp_path / "output", *options, check=False)
     assert done.returncode == 1
     lines = [l for l in done.stdout.splitlines() if "arn" not in l and "pkg_resources" not in l]
     assert len(lines) == 1 and message in lines[0]
