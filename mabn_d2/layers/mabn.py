@@ -172,7 +172,7 @@ class MABN2d(Statistics):
             renorm_clip: λ ≥ 1, the bound of r.
             renorm_start_iter: last iteration with r = 1.
             affine: whether to learn γ (`weight`) and β (`bias`), shape (C,).
-            device, dtype: of the parameters and statistics, float32 or float64.
+            device, dtype: of the parameters and statistics; the latter are at least float32.
 
         Raises:
             ValueError: an argument is out of its range.
@@ -208,7 +208,8 @@ class MABN2d(Statistics):
         self.psi = MovingAverage(num_features, buffer_size, warmup_iters)
         self.grad_scaler = None
         self._last_statistics = None
-        self.to(device=device, dtype=dtype)
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
 
     def __getstate__(self):
         return {**self.__dict__, "grad_scaler": None, "_last_statistics": None}
