@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""
+Converts weights of other code bases into a file that Detectron2 loads.
+
+Prints what matched, what was left over, and the lines of a config that go with the weights.
+"""
+import argparse
+import sys
+
+from mabn_d2.weights import (
+    SOURCES,
+    check_destination,
+    config_lines,
+    describe,
+    load_config,
+    load_weights,
+    match_model,
+    save_weights,
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("src", metavar="SRC", help="file to read: .pth, or .pkl of Detectron2")
+    parser.add_argument("dst", metavar="DST", help="file to write, a new .pth")
+    parser.add_argument(
+        "--from", required=True, choices=SOURCES, dest="source", help="what wrote SRC"
+    )
+    parser.add_argument(
+        "--config-file", metavar="FILE", help="also compare with the model of this config"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    try:
+        check_destination(arguments.dst)
+        weights = load_weights(arguments.src, arguments.source)
+        match = None
+        if arguments.config_file:
+            match = match_model(weights, load_config(arguments.config_file))
+        save_weights(weights, arguments.dst)
+    except (ValueError, KeyError, AssertionError, OSError) as error:
+        print(f"convert_weights.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{arguments.src} -> {arguments.dst}")
+    print(describe(weights, match, arguments.config_file))
+    print(f"\nconfig:\n{config_lines(weights, arguments.dst)}")
+    if not weights.config:
+        print("and the other options of the config that the weights were trained with")
+    for note in weights.notes:
+        print(f"\nNote: {note}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
