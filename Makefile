@@ -17,6 +17,7 @@ setup: $(VENV)/.complete
 
 # The lock file pins every package, so its change and nothing else makes a new environment.
 $(VENV)/.complete: requirements.lock setup.py
+	@$(PYTHON) -c "" || { echo "Needs Python 3.10: make PYTHON=/path/to/python3.10" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(RUN) -m pip install $(PIP_OPTIONS) "setuptools<81" wheel
 	$(RUN) -m pip install $(PIP_OPTIONS) --no-deps -r requirements.lock
@@ -44,6 +45,8 @@ test-newest: $(NEWEST)/.complete
 	$(RUN_NEWEST) -m pytest -m "not slow"
 
 $(NEWEST)/.complete: requirements-newest.lock setup.py
+	@$(PYTHON_NEWEST) -c "" || \
+		{ echo "Needs Python 3.11: make test-newest PYTHON_NEWEST=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON_NEWEST) -m venv --clear $(NEWEST)
 	$(RUN_NEWEST) -m pip install $(PIP_OPTIONS) --no-deps -r requirements-newest.lock
 	site=$$($(RUN_NEWEST) -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
