@@ -136,8 +136,10 @@ def _reason(error: Exception) -> str:
     """Why a file was refused, in a few words."""
     if not isinstance(error, (pickle.UnpicklingError, RuntimeError)):
         return "the file is damaged or of another format"
-    reason = str(error).split("WeightsUnpickler error: ")[-1].strip()
-    return " ".join(reason.split("\n")[0].split())[:200]
+    # What PyTorch says around the name of the refused type, it says differently in each version.
+    named = re.search(r"(?:class|GLOBAL:?|global) ([\w.]+\.\w+)", str(error))
+    reason = f"it contains {named[1]}" if named else str(error).split("\n")[0]
+    return " ".join(reason.split())[:200]
 
 
 def _is_array(value: Any) -> bool:
