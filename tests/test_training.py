@@ -151,6 +151,20 @@ def test_a_checkpoint_that_is_being_written_when_the_job_dies_does_not_replace_t
     assert trainer.checkpointer.get_checkpoint_file() == str(tmp_path / "model_0000003.pth")
 
 
+def test_a_run_without_a_fixed_seed_resumes_with_the_seed_it_drew(shapes, tmp_path):
+    cfg = cfg_for(shapes, tmp_path, "SEED", "-1")
+    first, second = Trainer(cfg), Trainer(cfg)
+    assert first.seed != second.seed
+    first.iter = 3
+    first.checkpointer.save("model_0000003")
+    second.resume_or_load(resume=True)
+    assert (second.seed, second.start_iter) == (first.seed, 4)
+    assert (second.train_loader.seed, second.train_loader.start_iter) == (first.seed, 4)
+    first.resume_or_load(resume=True)
+    for a, b in zip(next(iter(first.train_loader)), next(iter(second.train_loader))):
+        assert a["file_name"] == b["file_name"] and torch.equal(a["image"], b["image"])
+
+
 def test_evaluation_alone_prints_the_table_of_the_checkpoint(uninterrupted, shapes, tmp_path):
     output, printed = uninterrupted
     done = train(shapes, tmp_path, "--eval-only", "MODEL.WEIGHTS", output / "model_final.pth")

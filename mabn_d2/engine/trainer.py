@@ -24,9 +24,8 @@ from detectron2.evaluation import (
 from detectron2.utils import comm
 
 from ..checkpoint import Checkpointer
-from ..config import mabn_options
 from ..data.loader import TrainLoader, build_train_loader, seed_from
-from ..surgery import find_norm_sites
+from ..layers import MABN2d
 from .hooks import PreciseStatistics, SyncNormStatistics
 
 _EVALUATORS = {
@@ -55,8 +54,8 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode):
         """
         Args:
-            cfg: config with the options of `add_mabn_config`. A negative `SEED` stands for a random
-                one, which is saved in the checkpoints.
+            cfg: config of Detectron2, with or without the options of `add_mabn_config`. A negative
+                `SEED` stands for a random one, which is saved in the checkpoints.
         """
         # DefaultTrainer's own constructor wraps the model for GPUs and builds another checkpointer.
         TrainerBase.__init__(self)
@@ -147,10 +146,11 @@ class Trainer(DefaultTrainer):
 
 def _log_simulated_batch(model: torch.nn.Module, cfg: CfgNode) -> None:
     """Says so where the moving averages span another number of images than the paper's 32."""
-    if not find_norm_sites(model):
+    norms = [module for module in model.modules() if isinstance(module, MABN2d)]
+    if not norms:
         return
     images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-    size = mabn_options(cfg)["buffer_size"]
+    size = norms[0].psi.buffer_size
     if not 16 <= images * size <= 64:
         logging.getLogger(__name__).warning(
             "MABN: the moving averages span %d images (%d images per worker x MODEL.MABN.BUFFER_SIZE "
