@@ -6,6 +6,9 @@ import torch
 
 import mabn_d2  # noqa: F401  registers the norms
 
+# The models of the tests are small; threads that wait for one another on a busy machine cost more.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def seeded():

@@ -51,15 +51,6 @@ SIZE = 64  # pixels of the images of a training step
 OTHER_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, nn.GroupNorm, LayerNorm)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The models here are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---- configs -------------------------------------------------------------------------------------
 
 
