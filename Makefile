@@ -26,7 +26,7 @@ $(VENV)/.complete: requirements.lock setup.py
 
 # Trains a small Mask R-CNN with MABN on two images per step and evaluates it.
 demo: export DETECTRON2_DATASETS = datasets
-# Memory that goes back to the system after each step costs half of the time of a step on the CPU.
+# Without these, memory goes back to the system after each step and is asked for again in the next.
 demo: export MALLOC_MMAP_MAX_ = 0
 demo: export MALLOC_TRIM_THRESHOLD_ = 20000000000
 demo: setup
