@@ -129,6 +129,24 @@ def test_a_run_killed_again_and_again_at_any_moment_arrives_at_the_same_model(
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 
+def test_a_run_stopped_before_the_final_checkpoint_writes_it_when_it_is_resumed(shapes, tmp_path):
+    cfg = cfg_for(shapes, tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    final = torch.load(tmp_path / "model_final.pth")
+    (tmp_path / "model_final.pth").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=True)
+    trainer.train()
+    again = torch.load(tmp_path / "model_final.pth")
+    assert again["iteration"] == final["iteration"] == 1
+    assert again["trainer"]["iteration"] == final["trainer"]["iteration"] == 1
+    assert all(torch.equal(value, again["model"][key]) for key, value in final["model"].items())
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
 def test_a_checkpoint_that_is_being_written_when_the_job_dies_does_not_replace_the_last_one(
     shapes, tmp_path, monkeypatch
 ):

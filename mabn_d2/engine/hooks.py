@@ -1,5 +1,6 @@
 """Hooks for Detectron2's training loop."""
 import itertools
+import os
 from typing import Callable, Iterable, Iterator
 
 import torch
@@ -11,6 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 
+from ..checkpoint import Checkpointer
 from ..layers import MABN2d, population_statistics
 
 _NORMS_WITH_STATISTICS = (MABN2d, nn.modules.batchnorm._BatchNorm)
@@ -115,3 +117,19 @@ class SyncNormStatistics(HookBase):
         is_final = next_iter == self.trainer.max_iter
         if is_final or any(next_iter % period == 0 for period in self._periods):
             average_norm_statistics(self.trainer.model)
+
+
+class FinalCheckpoint(HookBase):
+    """
+    Writes `model_final` when a run is resumed that was stopped between its last iteration and that.
+    """
+
+    def __init__(self, checkpointer: Checkpointer):
+        self._checkpointer = checkpointer
+
+    def before_train(self):
+        trainer = self.trainer
+        path = os.path.join(self._checkpointer.save_dir, "model_final.pth")
+        if trainer.start_iter >= trainer.max_iter and not os.path.exists(path):
+            trainer.iter = trainer.max_iter - 1
+            self._checkpointer.save("model_final", iteration=trainer.iter)

@@ -26,7 +26,7 @@ from detectron2.utils import comm
 from ..checkpoint import Checkpointer
 from ..data.loader import TrainLoader, build_train_loader, seed_from
 from ..layers import MABN2d
-from .hooks import PreciseStatistics, SyncNormStatistics
+from .hooks import FinalCheckpoint, PreciseStatistics, SyncNormStatistics
 
 _EVALUATORS = {
     "coco": [COCOEvaluator],
@@ -109,6 +109,8 @@ class Trainer(DefaultTrainer):
         ret = [h for h in super().build_hooks() if h and not isinstance(h, hooks.PreciseBN)]
         after = (hooks.PeriodicCheckpointer, hooks.EvalHook)
         place = next(i for i, hook in enumerate(ret) if isinstance(hook, after))
+        if comm.is_main_process():
+            before.append(FinalCheckpoint(self.checkpointer))
         return [*ret[:place], *before, *ret[place:]]
 
     def _build_precise_loader(self, iteration: int):
