@@ -14,18 +14,22 @@ except ImportError as e:
     ) from e
 
 from .config import add_mabn_config
-from .layers import CenConv2d, MABN2d
+from .layers import BRN2d, CenConv2d, DoubleForward, MABN2d, MBN2d
 from .norms import NORM_REGISTRY, install, uninstall
-from .surgery import centralize
+from .surgery import centralize, set_norm_batch_size
 
 __version__ = "0.1.0"
 __all__ = [
     "NORM_REGISTRY",
+    "BRN2d",
     "CenConv2d",
+    "DoubleForward",
     "MABN2d",
+    "MBN2d",
     "add_mabn_config",
     "centralize",
     "install",
+    "set_norm_batch_size",
     "uninstall",
 ]
 

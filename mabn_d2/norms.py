@@ -20,12 +20,18 @@ from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer
 from detectron2.layers import CycleBatchNormList, DeformConv, ModulatedDeformConv
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+from detectron2.modeling.roi_heads import ROIHeads
 from fvcore.common.registry import Registry
 from torch import nn
 
-from .config import mabn_options
-from .layers import CenConv2d, CentralizedKernel, MABN2d, follow_grad_scaler
-from .surgery import CENTRALIZED_CLASSES, centralize, centralize_convolution
+from .config import norm_options
+from .layers import BRN2d, CenConv2d, CentralizedKernel, MABN2d, MBN2d, follow_grad_scaler
+from .surgery import (
+    CENTRALIZED_CLASSES,
+    centralize,
+    centralize_convolution,
+    set_norm_batch_size,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +52,20 @@ _options: ContextVar[Optional[Dict[str, Dict[str, Any]]]] = ContextVar("options"
 _num_levels: ContextVar[int] = ContextVar("num_levels", default=0)
 
 
-@NORM_REGISTRY.register()
-def MABN(num_features: int, **overrides) -> MABN2d:
-    """A :class:`MABN2d` with the options of `cfg.MODEL.MABN`, or the paper's constants."""
-    options = (_options.get() or {}).get("MABN", {})
-    return MABN2d(num_features, **{**options, **overrides})
+def _register(name: str, norm_class: type) -> None:
+    """Registers a norm that takes its options from `cfg.MODEL.<name>`, or else its class's defaults."""
+
+    def create(num_features: int, **overrides) -> nn.Module:
+        options = (_options.get() or {}).get(name, {})
+        return norm_class(num_features, **{**options, **overrides})
+
+    create.__name__ = create.__qualname__ = name
+    NORM_REGISTRY.register(create)
+
+
+_register("MABN", MABN2d)
+_register("BRN", BRN2d)
+_register("MBN", MBN2d)
 
 
 class CenDeformConv(CentralizedKernel, DeformConv):
@@ -115,16 +130,25 @@ def _centralize_what_is_built(original: Callable) -> Callable:
             built = original(cfg, *args, **kwargs)
         if isinstance(built, nn.Module):
             centralize(built)
+            if isinstance(cfg, CfgNode):
+                _split_norm_batches(built, cfg.MODEL.get("NORM_BATCH_SIZE", 0))
         return built
 
     return build
 
 
 def _norm_options(cfg) -> Dict[str, Dict[str, Any]]:
-    """Options of each norm, from a config that may not have them (a stock script's, a lazy one)."""
-    if isinstance(cfg, CfgNode) and "MABN" in cfg.get("MODEL", {}):
-        return {"MABN": mabn_options(cfg)}
-    return {}
+    """Options of each norm, from a config that may be a lazy one."""
+    return norm_options(cfg) if isinstance(cfg, CfgNode) and "MODEL" in cfg else {}
+
+
+def _split_norm_batches(model: nn.Module, size: int) -> None:
+    """:func:`set_norm_batch_size` for all norms whose batches are images, not regions of images."""
+    if size == 0 or isinstance(model, ROIHeads):
+        return
+    for child in model.children():
+        if not isinstance(child, ROIHeads):
+            set_norm_batch_size(child, size)
 
 
 def _share_over_levels(original: Callable) -> Callable:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from torch import nn
@@ -14,9 +15,11 @@ from mabn_d2 import MABN2d, add_mabn_config
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOOL = REPOSITORY / "tools/benchmark_norm.py"
 CONFIG = REPOSITORY / "configs/COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_2x_bn.yaml"
+NORMS = ["BN", "MABN", "MBN", "BRN", "GN"]
 SMALL = [("first", (2, 32, 8, 8), 3, True), ("second", (4, 64, 4, 6), 1, False)]
 REFERENCE = """
 import torch
+import torchvision
 
 class MABN2d(torch.nn.BatchNorm2d):
     def __init__(self, channels, B, real_B):
@@ -41,7 +44,9 @@ def tool(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.MODEL_SHAPES = module.SHAPES
-    monkeypatch.setattr(module, "SHAPES", [module.Shape(*shape) for shape in SMALL])
+    small = [module.Shape(*shape) for shape in SMALL]
+    monkeypatch.setattr(module, "SHAPES", small)
+    monkeypatch.setattr(module, "CHOICES_OF_SHAPES", {"all": small, "quick": small[:1]})
     return module
 
 
@@ -98,10 +103,31 @@ def test_shapes_are_those_of_the_model(tool):
     assert len(tool.MODEL_SHAPES) == len(seen)
 
 
+def test_shapes_resnet50_are_those_of_the_model(tool):
+    seen = collections.Counter()
+    model = torchvision.models.resnet50().to("meta")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda _, inputs, out: seen.update([inputs[0].shape]))
+    model(torch.empty(32, 3, 224, 224, device="meta"))
+    assert {shape.size: shape.norms for shape in tool.SHAPES_RESNET50} == seen
+    assert len(tool.SHAPES_RESNET50) == len(seen)
+
+
+def test_norms_on_groups_of_images_are_measured_beside_those_on_the_whole_batch(tool, capsys):
+    norms = tool.make_norms(torch.device("cpu"), norm_batch_size=2)
+    assert norms["BN(2)"](4).norm_batch_size == norms["MABN(2)"](4).norm_batch_size == 2
+    assert isinstance(norms["BN"](4), nn.BatchNorm2d) and not hasattr(norms["BN"](4), "frozen")
+    assert tool.main(["--device", "cpu", "--runs", "1", "--norm-batch-size", "2"]) == 0
+    output = capsys.readouterr().out
+    for name in ("BN", "MABN", "MBN", "BRN"):
+        assert f"\n{name}(2) / {name} " in output
+
+
 def test_every_norm_is_measured(tool):
     rows = rows_of(tool)
     assert [(row.shape.name, row.norm) for row in rows] == [
-        (shape, norm) for shape in ("first", "second") for norm in ("BN", "MABN", "GN")
+        (shape, norm) for shape in ("first", "second") for norm in NORMS
     ]
     for row in rows:
         assert len(row.times) == 2 and min(row.times) > 0
@@ -177,7 +203,7 @@ def test_run(tool, tmp_path, reference, capsys):
     assert len({len(line) for line in table}) == 1
     with open(out, newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["norm"] for row in rows] == 2 * ["BN", "MABN", "GN", "reference"]
+    assert [row["norm"] for row in rows] == 2 * [*NORMS, "reference"]
     assert all(float(row["median_ms"]) > 0 for row in rows)
     assert sorted(tmp_path.iterdir()) == [out, reference]
 

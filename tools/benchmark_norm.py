@@ -1,9 +1,13 @@
 #!/usr/bin/env python
 """
-Times MABN, BN, GN and SyncBN on the inputs that the norms of a Mask R-CNN R50-FPN see.
+Times MABN, MBN, BN, BRN, GN and SyncBN on the inputs that the norms of a Mask R-CNN R50-FPN see.
 
 The shapes are those of one training step with 2 images of 800x1333 pixels, padded to 800x1344, and
-a norm in the backbone, FPN, the box head and the mask head.
+a norm in the backbone, FPN, the box head and the mask head. With --shapes resnet50 they are those
+of a ResNet-50 with 32 images of 224x224.
+
+With --norm-batch-size B, each norm with batch statistics runs a second time, under the name
+"BN(B)", on groups of B images.
 
 Time: one forward and backward pass, median and 10th..90th percentile over the rounds. Within a
 round the norms run one after the other; "/BN" is the median of the ratios within a round, so that
@@ -52,7 +56,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mabn_d2 import MABN2d
+from mabn_d2 import BRN2d, MABN2d, MBN2d
+from mabn_d2.surgery import set_norm_batch_size
 
 
 class Shape(NamedTuple):
@@ -79,8 +84,29 @@ SHAPES = [
     Shape("box head", (1024, 256, 7, 7), 4, quick=True),
     Shape("mask head", (256, 256, 14, 14), 4, quick=True),
 ]
+SHAPES_RESNET50 = [
+    Shape("stem", (32, 64, 112, 112), 1),
+    Shape("res2 inner", (32, 64, 56, 56), 6),
+    Shape("res2 out", (32, 256, 56, 56), 4),
+    Shape("res3 first", (32, 128, 56, 56), 1),
+    Shape("res3 inner", (32, 128, 28, 28), 7),
+    Shape("res3 out", (32, 512, 28, 28), 5),
+    Shape("res4 first", (32, 256, 28, 28), 1),
+    Shape("res4 inner", (32, 256, 14, 14), 11),
+    Shape("res4 out", (32, 1024, 14, 14), 7),
+    Shape("res5 first", (32, 512, 14, 14), 1),
+    Shape("res5 inner", (32, 512, 7, 7), 5),
+    Shape("res5 out", (32, 2048, 7, 7), 4),
+]
+CHOICES_OF_SHAPES = {
+    "all": SHAPES,
+    "quick": [shape for shape in SHAPES if shape.quick],
+    "resnet50": SHAPES_RESNET50,
+}
 PAIRS = [  # whose ratios the summary has
     ("MABN", "BN"),
+    ("MBN", "BN"),
+    ("BRN", "BN"),
     ("GN", "BN"),
     ("SyncBN", "BN"),
     ("reference", "BN"),
@@ -153,19 +179,35 @@ def load_reference(path: str) -> Callable[[int], nn.Module]:
 
 
 def make_norms(
-    device: torch.device, reference: Optional[str] = None
+    device: torch.device, reference: Optional[str] = None, norm_batch_size: int = 0
 ) -> Dict[str, Callable[[int], nn.Module]]:
     """The norms to compare, as functions of the number of channels."""
     norms = {
         "BN": nn.BatchNorm2d,
         "MABN": MABN2d,
+        "MBN": MBN2d,
+        "BRN": BRN2d,
         "GN": lambda channels: nn.GroupNorm(32, channels),
     }
+    if norm_batch_size:
+        for name in ("BN", "MABN", "MBN", "BRN"):
+            norms[f"{name}({norm_batch_size})"] = in_groups(norms[name], norm_batch_size)
     if device.type == "cuda":
         norms["SyncBN"] = SyncBN
     if reference is not None:
         norms["reference"] = load_reference(reference)
     return norms
+
+
+def in_groups(make_norm: Callable[[int], nn.Module], size: int) -> Callable[[int], nn.Module]:
+    """The norm with normalization batches of `size` images."""
+
+    def make(channels: int) -> nn.Module:
+        norm = make_norm(channels)
+        set_norm_batch_size(norm, size)
+        return norm
+
+    return make
 
 
 def settle(norm: nn.Module) -> None:
@@ -353,7 +395,8 @@ def summarize(rows: List[Row]) -> str:
     """The ratios over all shapes, and the time of all norms of a training step."""
     table = {(row.norm, row.shape): row for row in rows}
     lines = [f"{'':<18}{'geometric mean':>15}{'of step time':>14}"]
-    for name, other in PAIRS:
+    in_groups = [(row.norm, row.norm.split("(")[0]) for row in rows if "(" in row.norm]
+    for name, other in [*PAIRS, *dict.fromkeys(in_groups)]:
         shapes = [row.shape for row in rows if row.norm == name and (other, row.shape) in table]
         if not shapes:
             continue
@@ -426,12 +469,16 @@ def make_parser() -> OneLineParser:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the input")
     parser.add_argument("--memory-format", choices=MEMORY_FORMATS, default="contiguous")
     parser.add_argument(
-        "--shapes", choices=["all", "quick"], help="by default all on CUDA, quick on the CPU"
+        "--shapes", choices=CHOICES_OF_SHAPES, help="by default all on CUDA, quick on the CPU"
     )
     parser.add_argument(
         "--runs", type=positive_integer, default=10, metavar="N", help="rounds (default: 10)"
     )
     parser.add_argument("--threads", type=positive_integer, metavar="N", help="on the CPU")
+    parser.add_argument(
+        "--norm-batch-size", type=positive_integer, default=0, metavar="B",
+        help="also time the norms on groups of B images",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the inputs (default: 0)")
     parser.add_argument(
         "--queued", action="store_true", help="time the kernels without their launches (CUDA)"
@@ -460,7 +507,9 @@ def parse_arguments(argv: Optional[List[str]]) -> argparse.Namespace:
         parser.error(f"--csv: cannot write {arguments.csv}")
     arguments.shapes = arguments.shapes or ("all" if on_cuda else "quick")
     try:
-        arguments.norms = make_norms(arguments.device, arguments.reference)
+        arguments.norms = make_norms(
+            arguments.device, arguments.reference, arguments.norm_batch_size
+        )
     except ValueError as error:
         parser.error(first_line(error))
     return arguments
@@ -493,7 +542,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.runs,
         arguments.queued,
     )
-    shapes = [shape for shape in SHAPES if arguments.shapes == "all" or shape.quick]
+    shapes = CHOICES_OF_SHAPES[arguments.shapes]
     bandwidth = copy_bandwidth(shapes, settings)
     print(describe(arguments, bandwidth))
     if arguments.device.type != "cuda":

@@ -5,24 +5,22 @@ Trains and evaluates detection models with the norms of this package.
 Takes the options of Detectron2's own `tools/train_net.py`. On a machine without a GPU,
 `--num-gpus N` starts N workers on the CPU.
 """
-import os
 import sys
 
 import torch
 
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from mabn_d2 import add_mabn_config
 from mabn_d2.checkpoint import Checkpointer
-from mabn_d2.config import mabn_options
+from mabn_d2.config import norm_options
 from mabn_d2.data import register_shapes
 from mabn_d2.engine import Trainer
+from mabn_d2.engine.files import check_dataset, check_weights
 from mabn_d2.norms import check_norm_names
 
 
@@ -33,7 +31,7 @@ def setup(args):
     add_mabn_config(cfg)
     cfg.merge_from_file(args.config_file)
     cfg.merge_from_list(args.opts)
-    mabn_options(cfg)
+    norm_options(cfg)
     check_norm_names(cfg)
     check_files(cfg, args)
     if not torch.cuda.is_available():
@@ -48,18 +46,11 @@ def check_files(cfg, args):
         ValueError: a data set or the weights are not where the config says.
     """
     names = {"TRAIN": () if args.eval_only else cfg.DATASETS.TRAIN, "TEST": cfg.DATASETS.TEST}
-    for key, name in [(f"DATASETS.{split}", name) for split in names for name in names[split]]:
-        if name not in DatasetCatalog.list():
-            raise ValueError(f"{key}: no data set is registered as {name!r}")
-        file = getattr(MetadataCatalog.get(name), "json_file", None)
-        if file and not PathManager.exists(file):
-            raise ValueError(
-                f"{key}: {name} needs {file}, which does not exist. The environment variable "
-                "DETECTRON2_DATASETS names the folder of the data sets, by default ./datasets"
-            )
-    weights = cfg.MODEL.WEIGHTS.split("?")[0]  # Detectron2 takes options behind the name
-    if weights and not args.resume and "://" not in weights and not os.path.isfile(weights):
-        raise ValueError(f"MODEL.WEIGHTS: {weights} does not exist")
+    for split, split_names in names.items():
+        for name in split_names:
+            check_dataset(name, f"DATASETS.{split}")
+    if not args.resume:
+        check_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
 
 
 def main(args):

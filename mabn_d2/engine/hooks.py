@@ -12,10 +12,11 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 
+from .. import layers
 from ..checkpoint import Checkpointer
-from ..layers import MABN2d, population_statistics
+from ..layers import Norm2d, population_statistics
 
-_NORMS_WITH_STATISTICS = (MABN2d, nn.modules.batchnorm._BatchNorm)
+_NORMS_WITH_STATISTICS = (Norm2d, nn.modules.batchnorm._BatchNorm)
 
 
 def norm_statistics(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -133,3 +134,24 @@ class FinalCheckpoint(HookBase):
         if trainer.start_iter >= trainer.max_iter and not os.path.exists(path):
             trainer.iter = trainer.max_iter - 1
             self._checkpointer.save("model_final", iteration=trainer.iter)
+
+
+class DoubleForward(HookBase):
+    """
+    :class:`mabn_d2.layers.DoubleForward` after each step of the optimizer.
+
+    Belongs in front of all other hooks: what they measure, average or save contains its result.
+    """
+
+    def before_train(self):
+        model = self.trainer.model
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        self._double_forward = layers.DoubleForward(model)
+
+    def after_step(self):
+        with EventStorage(self.trainer.iter):  # what the model logs again is nobody's
+            self._double_forward.renew()
+
+    def after_train(self):
+        self._double_forward.remove()

@@ -1,4 +1,6 @@
-"""The simple moving average that stabilizes a batch statistic over iterations."""
+"""The averages over iterations that stabilize batch statistics."""
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -15,33 +17,105 @@ class Statistics(nn.Module):
         super()._apply(fn, *args, **kwargs)
         for name, buffer in before.items():
             now = self._buffers[name]
-            if now.dtype in (torch.float16, torch.bfloat16):
+            if now is not None and now.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = buffer.to(now.device)
         return self
 
 
-@torch.no_grad()
-def record_and_average(
-    value: torch.Tensor, values: torch.Tensor, count: torch.Tensor, warmup_iters: int
-) -> torch.Tensor:
-    """
-    Pushes a statistic into a ring buffer, in place, and returns the mean of the buffer.
+def is_finite(statistics: torch.Tensor) -> torch.Tensor:
+    """For each of G statistics, shape (G, ...), whether all of its values are finite: (G,)."""
+    return torch.linalg.vector_norm(statistics.flatten(1), float("inf"), dim=1) < float("inf")
 
-    While no more than `warmup_iters` statistics were recorded it returns `value` itself. A statistic
-    with a value that is not finite, as an overflow under mixed precision leaves it, is not recorded.
-    Nothing here waits for the device: the schedule is evaluated on tensors.
+
+class Recorded(NamedTuple):
+    """What a ring buffer of m statistics held after each of G statistics was pushed."""
+
+    windows: torch.Tensor  # (G, m, ...), the oldest first
+    counts: torch.Tensor  # (G,), how many had been recorded since the start
+    finite: torch.Tensor  # (G,), whether the statistic itself was recorded
+
+
+@torch.no_grad()
+def record(statistics: torch.Tensor, values: torch.Tensor, count: torch.Tensor) -> Recorded:
+    """
+    Pushes statistics into a ring buffer, in order and in place.
+
+    One with a value that is not finite, as an overflow under mixed precision leaves it, is not
+    recorded. Nothing here waits for the device.
 
     Args:
-        value: statistic of the current batch, shape (C,).
-        values: the ring buffer, shape (m, C).
+        statistics: shape (G, ...).
+        values: the ring buffer, shape (m, ...).
         count: how many statistics were recorded since the start, int64 of shape ().
     """
-    finite = torch.linalg.vector_norm(value, float("inf")) < float("inf")
-    slot = (count % len(values)).view(1)
-    oldest = values.index_select(0, slot)
-    values.index_copy_(0, slot, torch.where(finite, value, oldest))
-    count += finite
-    return torch.where(finite & (count <= warmup_iters), value, values.mean(0))
+    finite = is_finite(statistics)
+    recorded = finite.cumsum(0)
+    slots = torch.arange(len(values), device=values.device)
+    past = values.index_select(0, (count + slots) % len(values))
+    order = torch.argsort(~finite, stable=True)
+    keep = finite.index_select(0, order).view(-1, *[1] * (statistics.dim() - 1))
+    new = torch.where(keep, statistics.index_select(0, order), 0.0)
+    windows = torch.cat([past, new]).unfold(0, len(values), 1).movedim(-1, 1)
+    windows = windows.index_select(0, recorded)
+    counts = count + recorded
+    count.copy_(counts[-1])
+    values.index_copy_(0, (count + slots) % len(values), windows[-1])
+    return Recorded(windows, counts, finite)
+
+
+@torch.no_grad()
+def record_and_average(
+    statistics: torch.Tensor, values: torch.Tensor, count: torch.Tensor, warmup_iters: int
+) -> torch.Tensor:
+    """
+    :func:`record`, and the mean of the ring buffer after each statistic.
+
+    While no more than `warmup_iters` statistics were recorded it is the statistic itself.
+
+    Returns:
+        tensor like `statistics`.
+    """
+    if len(statistics) > 1:
+        windows, counts, finite = record(statistics, values, count)
+        averages = windows.mean(1)
+    else:  # the same, with the fewest operations
+        counts = count
+        finite = is_finite(statistics)
+        slot = (count % len(values)).view(1)
+        values.index_copy_(0, slot, torch.where(finite, statistics, values.index_select(0, slot)))
+        count += finite[0]
+        averages = values.mean(0, keepdim=True)
+    is_warmup = (finite & (counts <= warmup_iters))[:, None]
+    return torch.where(is_warmup, statistics, averages)
+
+
+@torch.no_grad()
+def exponential_average(
+    running: torch.Tensor, statistics: torch.Tensor, momentum: float
+) -> torch.Tensor:
+    """
+    Moves a running statistic towards G statistics in order: running ← (1 - momentum)·running + momentum·s.
+
+    Args:
+        running: shape (C,), changed in place.
+        statistics: shape (G, C).
+
+    Returns:
+        what it was before each of the statistics, shape (G, C).
+    """
+    num = len(statistics)
+    if num == 1:
+        before = running[None].clone()
+        running.lerp_(statistics[0], momentum)
+        return before
+    # running after j statistics is Σ_i weight[j, i]·(running, s_1, ..., s_G)[i].
+    index = torch.arange(num + 1, device=running.device)
+    age = index[:, None] - index
+    weight = torch.where(age >= 0, (1 - momentum) ** age.clamp(min=0).to(running.dtype), 0.0)
+    weight[:, 1:] *= momentum
+    after = (weight[:, :, None] * torch.cat([running[None], statistics])).sum(1)
+    running.copy_(after[-1])
+    return after[:-1]
 
 
 class MovingAverage(Statistics):
@@ -65,6 +139,6 @@ class MovingAverage(Statistics):
         self.register_buffer("values", torch.zeros(buffer_size, num_features))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        """Records `value`, shape (num_features,), and returns the average, same shape."""
-        return record_and_average(value, self.values, self.count, self.warmup_iters)
+    def forward(self, statistics: torch.Tensor) -> torch.Tensor:
+        """Records G statistics in order, shape (G, num_features); returns the average after each."""
+        return record_and_average(statistics, self.values, self.count, self.warmup_iters)

@@ -1,0 +1,154 @@
+"""Batch Normalization over normalization batches, and what norms with its statistics share."""
+from typing import NamedTuple, Optional
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .functional import add_affine_, channel_mean_var
+from .moving_average import exponential_average
+from .norm import Norm2d
+from .norm_batch import NormBatches
+
+
+class _NormalizeFunction(torch.autograd.Function):
+    """
+    out = scale·z + shift with z = (x - μ) / sqrt(σ² + ε), where `share` of μ and σ² is the batch's own.
+
+    With dμ/dx = share/n and dσ²/dx = 2·share·(x - μ)/n for a batch of n values:
+
+        ∂L/∂x = scale / sqrt(σ² + ε) · (d - share·mean(d) - share·z·mean(d·z))
+
+    A share of 1 (None) makes this BN's backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, mean, var, share, eps, norm_batch_size):
+        batches = NormBatches(x.shape, norm_batch_size)
+        ctx.save_for_backward(x, scale, mean, var, share)
+        ctx.eps, ctx.norm_batch_size = eps, norm_batch_size
+        spread = batches.spread
+        out = F.batch_norm(
+            batches.split(x), spread(mean), spread(var), spread(scale), spread(shift),
+            training=False, eps=eps,
+        )  # fmt: skip
+        return batches.join(out, x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d):
+        x, scale, mean, var, share = ctx.saved_tensors
+        batches = NormBatches(x.shape, ctx.norm_batch_size)
+        needs_x = ctx.needs_input_grad[0]
+        inv_std = (var + ctx.eps).rsqrt()
+        if batches.num == 1:
+            weight = scale[0] if share is None else scale[0] * share[0]
+            grad_x, sum_dz, sum_d = torch.ops.aten.native_batch_norm_backward(
+                d, x, weight, None, None, mean[0], inv_std[0], True, ctx.eps, [needs_x, True, True]
+            )
+            sum_dz, sum_d = sum_dz[None], sum_d[None]
+            if needs_x and share is not None:
+                add_affine_(grad_x, d, (scale * (1 - share) * inv_std)[0])
+            return grad_x, sum_dz, sum_d, None, None, None, None, None
+        spread, x_planes = batches.spread, batches.split(x)
+        grad_x, sum_dz, sum_d = torch.ops.aten.native_batch_norm_backward(
+            batches.split(d), x_planes, spread(scale), spread(mean), spread(var), None, None,
+            False, ctx.eps, [needs_x, True, True],
+        )  # fmt: skip
+        sum_dz, sum_d = batches.total(sum_dz), batches.total(sum_d)
+        if needs_x:  # as yet scale / sqrt(σ² + ε) · d
+            factor = -scale * inv_std / batches.counts(scale)
+            if share is not None:
+                factor = factor * share
+            slope = factor * inv_std * sum_dz
+            add_affine_(grad_x, x_planes, spread(slope), spread(factor * sum_d - slope * mean))
+            grad_x = batches.join(grad_x, x)
+        return grad_x, sum_dz, sum_d, None, None, None, None, None
+
+
+class Normalization(NamedTuple):
+    """out = γ·(r·(x - mean) / sqrt(var + ε) + d) + β, tensors of shape (G, C); constants but for `share`."""
+
+    mean: torch.Tensor
+    var: torch.Tensor
+    share: Optional[torch.Tensor] = None  # (G, 1): the batch's share of mean and var; None is 1
+    r: Optional[torch.Tensor] = None  # None is 1
+    d: Optional[torch.Tensor] = None  # None is 0
+
+
+class BatchStatisticsNorm2d(Norm2d, nn.BatchNorm2d):
+    """
+    Base of the norms that are BN with other statistics in training.
+
+    They have BN's parameters and buffers under BN's names and are BN in evaluation, so to anything
+    that handles BN (freezing, folding, weight decay, conversion to `FrozenBatchNorm2d`) they are BN.
+    """
+
+    def _update_statistics(self, x: torch.Tensor, batches: NormBatches) -> Normalization:
+        with torch.no_grad():
+            dtype = self.running_var.dtype
+            mean, var = channel_mean_var(batches.split(x), dtype)
+            counts = batches.counts(var)
+            if batches.num > 1:  # from those of each image's planes to those of its normalization batch
+                area = x.shape[2] * x.shape[3]
+                deviation = mean
+                mean = batches.total(mean * area) / counts
+                deviation = deviation - batches.spread(mean)
+                var = batches.total((var + deviation.square()) * area) / counts
+            else:
+                mean, var = mean[None], var[None]
+            return self._normalization(mean, var, counts)
+
+    def _normalization(self, mean: torch.Tensor, var: torch.Tensor, counts) -> Normalization:
+        """
+        Takes notice of the statistics of G normalization batches.
+
+        Args:
+            mean, var: shape (G, C), the variance biased.
+            counts: values per channel, a number or shape (G, 1).
+        """
+        raise NotImplementedError
+
+    def _normalize(self, x: torch.Tensor, statistics: Normalization) -> torch.Tensor:
+        mean, var, share, r, d = statistics
+        scale, shift = torch.ones_like(mean), torch.zeros_like(mean)
+        if self.affine:
+            scale = self._float(self.weight).expand_as(mean)
+            shift = self._float(self.bias).expand_as(mean)
+        if d is not None:
+            shift = shift + scale * d
+        if r is not None:
+            scale = scale * r
+        return _NormalizeFunction.apply(
+            x, scale, shift, mean, var, share, self.eps, self.norm_batch_size
+        )
+
+    def _update_running_statistics(self, mean: torch.Tensor, var: torch.Tensor, counts):
+        """
+        BN's update, but for values that are not finite, which are left out.
+
+        Returns:
+            running_mean and running_var before each of the normalization batches, shape (G, C).
+        """
+        others = max(counts - 1, 1) if isinstance(counts, int) else (counts - 1).clamp(min=1)
+        unbiased = var * (counts / others)
+        before = []
+        for running, value in [(self.running_mean, mean), (self.running_var, unbiased)]:
+            value = torch.where(value.isfinite(), value, running)
+            before.append(exponential_average(running, value, self.momentum))
+        self.num_batches_tracked += len(mean)
+        return before
+
+
+class GhostBatchNorm2d(BatchStatisticsNorm2d):
+    """
+    `nn.BatchNorm2d` that takes its statistics from groups of `norm_batch_size` images.
+
+    The output, the gradients and the running statistics are those of BN called on each group in turn.
+    """
+
+    frozen = False  # as nn.BatchNorm2d, which normalizes with the batch whatever requires grad
+
+    def _normalization(self, mean, var, counts):
+        self._update_running_statistics(mean, var, counts)
+        return Normalization(mean, var)

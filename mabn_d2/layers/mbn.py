@@ -1,0 +1,131 @@
+"""
+Memorized Batch Normalization.
+
+Paper: Double Forward Propagation for Memorized Batch Normalization, AAAI 2018,
+https://arxiv.org/abs/2010.04947
+"""
+from typing import Tuple
+
+import torch
+
+from .batch_norm import BatchStatisticsNorm2d, Normalization
+from .moving_average import Statistics, record
+from .norm import check_options
+
+
+class Memory(Statistics):
+    """
+    The statistics of the last `size` batches.
+
+    Buffers:
+        values: float tensor of shape (size, 2, num_features), means and biased variances.
+        count: int64 tensor of shape (), how many batches were recorded since the start.
+    """
+
+    def __init__(self, num_features: int, size: int):
+        super().__init__()
+        self.size = size
+        self.register_buffer("values", torch.zeros(size, 2, num_features))
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+
+class MBN2d(BatchStatisticsNorm2d):
+    """
+    Memorized Batch Normalization over a 4-D input (N, C, H, W).
+
+    In training it normalizes with a weighted combination of the statistics of the k most recent
+    batches, i = 0 being the current one:
+
+        μ_M  = Σ w_i·μ_i                            `running_mean`
+        σ²_M = Σ w_i·(σ²_i + (μ_i - μ_M)²)          `running_var`: within and between batches
+        out  = γ·(x - μ_M) / sqrt(σ²_M + ε) + β
+
+    The gradient flows through the current batch's share w_0 of μ_M and σ²_M. Evaluation uses μ_M
+    and σ²_M as the last training batch left them: the same rule, and an affine map that folds into the
+    convolution. The statistics of the remembered batches are of older weights;
+    :class:`DoubleForward` renews those of the current batch after the optimizer's step.
+
+    The paper's abstract leaves the weights open, these are our choice: w_0 = `current_weight`, and
+    the older batches divide the rest in proportion to decay^i. While the memory is filling,
+    the batches that are there divide it. With k = 1 this is BN, but for running statistics, which
+    are those of the last batch.
+
+    A batch whose statistics are not finite is not remembered, and normalized with the memory as it
+    is. With a `norm_batch_size`, each normalization batch is remembered.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        memory_size: int = 8,
+        current_weight: float = 0.5,
+        decay: float = 0.8,
+        affine: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        """
+        Args:
+            num_features: C of the input (N, C, H, W).
+            eps: ε, added to the variances.
+            memory_size: k, how many batches are remembered, the current one included.
+            current_weight: w_0, the weight of the current batch.
+            decay: ratio of the weight of a remembered batch to that of the next newer one.
+            affine: whether to learn γ (`weight`) and β (`bias`), shape (C,).
+            device, dtype: of the parameters and statistics; the latter are at least float32.
+
+        Raises:
+            ValueError: an argument is out of its range.
+        """
+        options = {
+            "num_features": num_features, "eps": eps, "memory_size": memory_size,
+            "current_weight": current_weight, "decay": decay,
+        }  # fmt: skip
+        check_options(options, lambda option: f"MBN2d: {option}")
+        super().__init__(num_features, eps, affine=affine)
+        self.current_weight = current_weight
+        self.decay = decay
+        self.memory = Memory(num_features, memory_size)
+        self.to(device=device, dtype=dtype)
+
+    def _normalization(self, mean, var, counts):
+        memory = self.memory
+        recorded = record(torch.stack([mean, var], 1), memory.values, memory.count)
+        weights = self._weights(recorded.counts)
+        means, variances = recorded.windows.unbind(2)  # (G, k, C)
+        mean = (weights * means).sum(1)
+        var = (weights * (variances + (means - mean[:, None]).square())).sum(1)
+        is_empty = (recorded.counts == 0)[:, None]
+        var = torch.where(is_empty, self.running_var, var)
+        mean = torch.where(is_empty, self.running_mean, mean)
+        self.running_mean.copy_(mean[-1])
+        self.running_var.copy_(var[-1])
+        self.num_batches_tracked += len(mean)
+        if memory.size == 1:
+            return Normalization(mean, var)
+        return Normalization(mean, var, share=weights[:, -1] * recorded.finite[:, None])
+
+    def _weights(self, counts: torch.Tensor) -> torch.Tensor:
+        """
+        The weights of remembered batches, the oldest first.
+
+        Args:
+            counts: shape (G,), how many batches have been remembered.
+
+        Returns:
+            shape (G, k, 1).
+        """
+        values = self.memory.values
+        age = torch.arange(len(values) - 1, -1, -1, device=values.device)
+        older = (self.decay ** age.to(values.dtype)) * (age > 0) * (age < counts[:, None])
+        total = older.sum(1, keepdim=True)
+        current = torch.where(total > 0, self.current_weight, 1.0)
+        weights = (1 - current) * older / total.clamp(min=torch.finfo(values.dtype).tiny)
+        return torch.where(age == 0, current, weights)[:, :, None]
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.num_features}, eps={self.eps}, memory_size={self.memory.size}, "
+            f"current_weight={self.current_weight}, decay={self.decay}, affine={self.affine}"
+        )
