@@ -18,7 +18,7 @@ import detectron2.layers
 import pytest
 import torch
 from detectron2 import model_zoo
-from detectron2.config import CfgNode, LazyCall, get_cfg, instantiate
+from detectron2.config import CfgNode, LazyCall, get_cfg
 from detectron2.layers import CycleBatchNormList, deform_conv, get_norm
 from detectron2.layers.batch_norm import FrozenBatchNorm2d, LayerNorm
 from detectron2.modeling import build_backbone, build_model
@@ -33,10 +33,8 @@ from detectron2.modeling.backbone.regnet import (
 from detectron2.modeling.backbone.vit import ResBottleneckBlock
 from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.projects.point_rend import add_pointrend_config
-from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
-from detectron2.utils.events import EventStorage
 from detectron2.utils.registry import locate
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
@@ -47,7 +45,8 @@ from mabn_d2.data import make_synthetic_coco
 from mabn_d2.layers import CentralizedKernel
 from mabn_d2.norms import DETECTRON2_NORMS
 
-SIZE = 64  # pixels of the images of a training step
+from .models import SIZE, build, build_for_inspection, items, set_keys, set_where_present, train_step
+
 OTHER_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, nn.GroupNorm, LayerNorm)
 
 
@@ -246,28 +245,6 @@ def load(architecture):
     return config if isinstance(config, CfgNode) else config.model
 
 
-def set_keys(node, **values):
-    for key, value in values.items():
-        assert key in node
-        node[key] = value
-
-
-def items(config):
-    """Pairs (key, value) of a node of either kind of config; none of a leaf."""
-    if isinstance(config, ListConfig):
-        return list(enumerate(config))
-    return [(k, config[k]) for k in config] if isinstance(config, (CfgNode, DictConfig)) else []
-
-
-def set_where_present(config, values):
-    """Sets the keys wherever in a config they occur."""
-    for key, value in items(config):
-        if key in values:
-            config[key] = values[key]
-        else:
-            set_where_present(value, values)
-
-
 def add_absent_norms(config):
     """Spells out the norm arguments that a lazy config leaves at their default values."""
     if isinstance(config, DictConfig) and "_target_" in config:
@@ -279,20 +256,15 @@ def add_absent_norms(config):
         add_absent_norms(value)
 
 
-def build(config, norm):
+def build_with(config, norm):
     """A model with the given norm in each place where its config takes the name of one."""
+    return build(set_norm(config, norm))
+
+
+def set_norm(config, norm):
     add_absent_norms(config)
     set_where_present(config, {"NORM": norm, "norm": norm, "conv_norm": norm})
-    return build_model(config) if isinstance(config, CfgNode) else instantiate(config)
-
-
-def build_for_inspection(architecture, norm):
-    """On PyTorch's meta device: without memory, and in no time."""
-    config = load(architecture)
-    if isinstance(config, CfgNode):
-        config.MODEL.DEVICE = "meta"
-    with torch.device("meta"):
-        return build(config, norm)
+    return config
 
 
 def shrink(config):
@@ -327,42 +299,6 @@ def shrink(config):
     return config
 
 
-def random_inputs():
-    """Two images with the ground truth of every task, in the format of Detectron2's mappers."""
-    boxes = torch.tensor([[4.0, 4.0, 36.0, 40.0], [20.0, 16.0, 60.0, 60.0]])
-    inside = torch.zeros(2, SIZE, SIZE, dtype=torch.bool)
-    for mask, (x0, y0, x1, y1) in zip(inside, boxes.int().tolist()):
-        mask[y0:y1, x0:x1] = True
-    inputs = []
-    for _ in range(2):
-        instances = Instances((SIZE, SIZE), gt_boxes=Boxes(boxes), gt_classes=torch.tensor([0, 2]))
-        instances.gt_masks = BitMasks(inside)
-        points = boxes[:, None, :2] + 16 * torch.rand(2, 17, 2)
-        instances.gt_keypoints = Keypoints(torch.cat([points, torch.full((2, 17, 1), 2.0)], dim=2))
-        proposals = Instances((SIZE, SIZE), proposal_boxes=Boxes(boxes + 2))
-        proposals.objectness_logits = torch.ones(2)
-        inputs.append(
-            {
-                "image": torch.randint(0, 256, (3, SIZE, SIZE)).float(),
-                "instances": instances,
-                "proposals": proposals,
-                "sem_seg": torch.randint(0, 3, (SIZE, SIZE)),
-                "center": torch.rand(SIZE, SIZE),
-                "center_weights": torch.ones(SIZE, SIZE),
-                "offset": torch.randn(2, SIZE, SIZE),
-                "offset_weights": torch.ones(SIZE, SIZE),
-            }
-        )
-    return inputs
-
-
-def train_step(model):
-    with EventStorage():
-        losses = model.train()(random_inputs())
-    sum(losses.values()).backward()
-    return losses
-
-
 # ---- what a model holds --------------------------------------------------------------------------
 
 
@@ -388,8 +324,8 @@ def centralized_convolutions(model):
 
 @pytest.mark.parametrize("architecture", list_zoo() + OTHER_ARCHITECTURES + BACKBONES, ids=name_of)
 def test_mabn_stands_where_bn_would_and_each_has_a_centralized_convolution(architecture):
-    with_bn = build_for_inspection(architecture, "BN")
-    model = build_for_inspection(architecture, "MABN")
+    with_bn = build_for_inspection(set_norm(load(architecture), "BN"))
+    model = build_for_inspection(set_norm(load(architecture), "MABN"))
     sites = norm_sites(model, MABN2d)
     assert sites
     assert sites == norm_sites(with_bn, (nn.BatchNorm2d, FrozenBatchNorm2d))
@@ -452,7 +388,7 @@ def mean_relative_to_largest(kernels):
     ids=name_of,
 )
 def test_in_training_every_mabn_is_given_the_output_of_a_zero_mean_kernel(architecture, kernels):
-    model = build(shrink(load(architecture)), "MABN")
+    model = build_with(shrink(load(architecture)), "MABN")
     fed_by = {}
     for name, module in model.named_modules():
         if isinstance(module, MABN2d):
@@ -487,7 +423,7 @@ def test_in_training_every_mabn_is_given_the_output_of_a_zero_mean_kernel(archit
     ],
 )
 def test_a_head_that_is_shared_over_feature_levels_keeps_statistics_of_each_level(architecture):
-    model = build(shrink(load(architecture)), "MABN")
+    model = build_with(shrink(load(architecture)), "MABN")
     train_step(model)
     lists = [m for m in model.modules() if isinstance(m, CycleBatchNormList)]
     assert len(lists) == 2 * 4  # subnets, convolutions
@@ -548,7 +484,7 @@ def test_options_in_the_config_reach_every_norm(build_from):
 
 @pytest.mark.parametrize("suffix", ["yaml", "py"])
 def test_a_config_without_options_gets_the_constants_of_the_paper(suffix):
-    model = build(shrink(load(f"COCO-Detection/retinanet_R_50_FPN_1x.{suffix}")), "MABN")
+    model = build_with(shrink(load(f"COCO-Detection/retinanet_R_50_FPN_1x.{suffix}")), "MABN")
     constants = dict(
         momentum=0.02,
         eps=1e-5,
@@ -564,7 +500,7 @@ def test_options_of_one_model_do_not_leak_into_the_next():
     cfg = load("COCO-Detection/rpn_R_50_FPN_1x.yaml")
     add_mabn_config(cfg)
     cfg.MODEL.MABN.BUFFER_SIZE = 3
-    build(shrink(cfg), "MABN")
+    build_with(shrink(cfg), "MABN")
     assert get_norm("MABN", 8).second_moment.buffer_size == 16
 
 

@@ -53,6 +53,7 @@ def add_affine_(
     if x.dtype == scale.dtype:
         total.addcmul_(x, scale[:, None, None])
         return total if shift is None else total.add_(shift[:, None, None])
-    # BN's inference form computes in the type of its vectors, without a copy of x in that type.
-    zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
-    return total.add_(F.batch_norm(x, zeros, ones, scale, shift, training=False, eps=0.0))
+    # BN's inference form computes in the type of its vectors, without a copy of x in that type. The
+    # variance and eps, which must be positive, add up to 1.
+    mean, var = torch.zeros_like(scale), torch.full_like(scale, 0.5)
+    return total.add_(F.batch_norm(x, mean, var, scale, shift, training=False, eps=0.5))
