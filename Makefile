@@ -11,7 +11,7 @@ RUN_NEWEST := $(NEWEST)/bin/python
 
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-fast test-newest clean
+.PHONY: setup demo test test-fast test-newest datasets/fashion-mnist clean
 
 setup: $(VENV)/.complete
 
@@ -43,6 +43,22 @@ test-fast: setup
 
 test-newest: $(NEWEST)/.complete
 	$(RUN_NEWEST) -m pytest -m "not slow"
+
+# The four files of Fashion-MNIST, from Debian's package; nothing is installed. They appear together.
+datasets/fashion-mnist: datasets/FashionMNIST/raw
+datasets/FashionMNIST/raw:
+	@command -v apt-get >/dev/null && command -v dpkg-deb >/dev/null || { echo \
+		"Needs apt-get and dpkg-deb. Without: unpack the four .gz files of Fashion-MNIST" \
+		"(https://github.com/zalandoresearch/fashion-mnist) into $@" >&2; exit 1; }
+	@set -e; mkdir -p datasets; \
+	partial=$$(mktemp -d "$(CURDIR)/datasets/.fashion-mnist.XXXXXX"); \
+	trap 'rm -rf "$$partial"' EXIT; trap 'exit 1' INT TERM; \
+	cd "$$partial"; \
+	apt-get download -qq dataset-fashion-mnist || { echo \
+		"apt-get found no package dataset-fashion-mnist: try apt-get update first" >&2; exit 1; }; \
+	dpkg-deb -x dataset-fashion-mnist_*.deb .; \
+	gunzip usr/share/datasets/fashion-mnist/*.gz; \
+	mkdir -p ../FashionMNIST; mv -T usr/share/datasets/fashion-mnist ../FashionMNIST/raw
 
 $(NEWEST)/.complete: requirements-newest.lock setup.py
 	@$(PYTHON_NEWEST) -c "" || \

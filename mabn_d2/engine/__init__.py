@@ -1,4 +1,4 @@
-"""The trainer and its hooks."""
+"""The trainers and their hooks."""
 from .hooks import (
     PreciseStatistics,
     SyncNormStatistics,
@@ -6,13 +6,17 @@ from .hooks import (
     norm_statistics,
     update_norm_statistics,
 )
+from .lazy import LazyTrainer, check_lazy_config, load_lazy_config
 from .trainer import Trainer
 
 __all__ = [
+    "LazyTrainer",
     "PreciseStatistics",
     "SyncNormStatistics",
     "Trainer",
     "average_norm_statistics",
+    "check_lazy_config",
+    "load_lazy_config",
     "norm_statistics",
     "update_norm_statistics",
 ]

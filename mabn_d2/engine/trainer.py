@@ -1,16 +1,12 @@
 """Detectron2's trainer with what few-image training of MABN needs."""
 import logging
 import os
-import random
-import weakref
 
-import numpy as np
 import torch
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase, hooks
-from detectron2.engine.defaults import create_ddp_model
+from detectron2.engine import hooks
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -23,10 +19,10 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 
-from ..checkpoint import Checkpointer
 from ..data.loader import TrainLoader, build_train_loader, seed_from
-from ..layers import MABN2d
-from .hooks import FinalCheckpoint, PreciseStatistics, SyncNormStatistics
+from ..layers import MABN2d, MBN2d
+from .hooks import DoubleForward, FinalCheckpoint, PreciseStatistics, SyncNormStatistics
+from .resumable import ResumableTrainer
 
 _EVALUATORS = {
     "coco": [COCOEvaluator],
@@ -39,16 +35,14 @@ _EVALUATORS = {
 }
 
 
-class Trainer(DefaultTrainer):
+class Trainer(ResumableTrainer):
     """
     A `DefaultTrainer` that differs in four points.
 
     1. The statistics of all norms are averaged over the workers before each evaluation and
        checkpoint (:class:`SyncNormStatistics`).
-    2. An iteration is a function of the weights, the seed, the worker and the iteration number
-       only, so a run that is stopped and resumed equals one that was not.
-    3. A checkpoint replaces an older one only once it is completely written.
-    4. Several workers can train on the CPU (gloo).
+    2. - 4. Those of :class:`ResumableTrainer`: a stopped and resumed run equals one that was not
+       stopped, a checkpoint is whole or not there, and several workers can train on the CPU.
     """
 
     def __init__(self, cfg: CfgNode):
@@ -57,44 +51,23 @@ class Trainer(DefaultTrainer):
             cfg: config of Detectron2, with or without the options of `add_mabn_config`. A negative
                 `SEED` stands for a random one, which is saved in the checkpoints.
         """
-        # DefaultTrainer's own constructor wraps the model for GPUs and builds another checkpointer.
-        TrainerBase.__init__(self)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        self.cfg = cfg
-        self.seed = int(cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed())
+        self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
-        self.train_loader = self.build_train_loader(cfg)
+        super().__init__(
+            model,
+            optimizer,
+            self.build_train_loader(cfg),
+            seed=cfg.SEED,
+            max_iter=cfg.SOLVER.MAX_ITER,
+            output_dir=cfg.OUTPUT_DIR,
+            weights=cfg.MODEL.WEIGHTS,
+            amp=cfg.SOLVER.AMP.ENABLED,
+            broadcast_buffers=False,
+        )
         _log_simulated_batch(model, cfg)
-
-        ddp_options = {} if next(model.parameters()).is_cuda else {"device_ids": None}
-        model = create_ddp_model(model, broadcast_buffers=False, **ddp_options)
-        trainer_class = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer_class(model, self.train_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
-        self.start_iter = 0
-        self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
-
-    def resume_or_load(self, resume: bool = True) -> None:
-        super().resume_or_load(resume)
-        if isinstance(self.train_loader, TrainLoader):
-            self.train_loader.seed, self.train_loader.start_iter = self.seed, self.start_iter
-
-    def run_step(self) -> None:
-        torch_seed = seed_from(self.seed, comm.get_rank(), self.iter)
-        random.seed(torch_seed)
-        np.random.seed(torch_seed)
-        torch.manual_seed(torch_seed)
-        super().run_step()
-
-    def state_dict(self):
-        return {**super().state_dict(), "seed": self.seed}
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        self.seed = state_dict.get("seed", self.seed)
 
     def build_hooks(self):
         cfg = self.cfg
@@ -111,7 +84,11 @@ class Trainer(DefaultTrainer):
         place = next(i for i, hook in enumerate(ret) if isinstance(hook, after))
         if comm.is_main_process():
             before.append(FinalCheckpoint(self.checkpointer))
-        return [*ret[:place], *before, *ret[place:]]
+        ret = [*ret[:place], *before, *ret[place:]]
+        is_memorized = any(isinstance(module, MBN2d) for module in self._trainer.model.modules())
+        if is_memorized and cfg.MODEL.get("MBN", {}).get("DOUBLE_FORWARD", True):
+            ret.insert(0, DoubleForward())
+        return ret
 
     def _build_precise_loader(self, iteration: int):
         """Batches that depend on the iteration alone, or a resumed run would get others."""

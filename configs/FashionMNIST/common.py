@@ -1,0 +1,35 @@
+"""
+ResNet-18 on Fashion-MNIST by the recipe of ../ImageNet/common.py, for one CPU core and a few minutes:
+one worker's 32 images per iteration, one epoch, and an LR that is 8 times smaller as the batch is.
+
+The backbone and the pixels are those of ../quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn.yaml.
+"""
+from torchvision.transforms import Compose, Pad, RandomCrop, RandomHorizontalFlip
+
+from detectron2.config import LazyCall as L
+from mabn_d2.data.classification import FashionMNIST
+
+from ..ImageNet.common import GROUPS, dataloader, lr_multiplier, model, optimizer, per_group, train
+
+del model.stages.stride_in_1x1  # ResNet-18 has no 1x1 convolutions to put it in
+model.stages.depth = 18
+model.num_classes = 10
+model.pixel_std = [57.375, 57.12, 58.395]
+
+# 28x28 pixels at a random place of 32x32, and in the middle.
+dataloader.train.dataset = L(FashionMNIST)(
+    split="train",
+    transform=L(Compose)(transforms=[L(RandomCrop)(size=32, padding=4), L(RandomHorizontalFlip)()]),
+)
+dataloader.test.dataset = L(FashionMNIST)(
+    split="val", transform=L(Compose)(transforms=[L(Pad)(padding=2)])
+)
+dataloader.train.total_batch_size = 32
+dataloader.train.num_workers = dataloader.test.num_workers = 0
+
+optimizer.lr = 0.1 * 32 / 256
+
+train.max_iter = 1875
+train.checkpointer.period = 500
+train.eval_period = 500
+train.seed = 1

@@ -1,0 +1,214 @@
+"""The trainer for LazyConfigs, and what is checked in a config before any worker starts."""
+import difflib
+import logging
+from typing import Any, Dict, Iterator, List, Tuple, Union
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from detectron2.config import LazyConfig, instantiate
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.engine import TrainerBase, default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.registry import locate
+
+from ..norms import check_norm_name
+from .files import check_dataset, check_weights
+from .hooks import DoubleForward, FinalCheckpoint, SyncNormStatistics
+from .resumable import ResumableTrainer
+
+_PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+# What the trainer takes beyond the `train` of Detectron2's configs/common/train.py.
+_DEFAULTS = {
+    "seed": -1,  # of all random choices; a negative one stands for a random seed
+    "double_forward": False,  # whether MBN renews its memory after each step
+}
+
+
+# ---- configs -------------------------------------------------------------------------------------
+
+
+def load_lazy_config(file: str, overrides: List[str]) -> DictConfig:
+    """
+    A LazyConfig with the overrides of a command line.
+
+    Args:
+        file: Python or YAML.
+        overrides: strings `key=value` for keys that the config has, and `+key=value` for others, such as
+            an optional argument that the config does not give.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the config lacks a part, or an override is wrong.
+    """
+    if not PathManager.isfile(file):
+        raise FileNotFoundError(f"--config-file: {file!r} is not a file")
+    cfg = LazyConfig.load(file)
+    missing = [part for part in _PARTS if part not in cfg]
+    if missing:
+        raise ValueError(f"{file} does not define {', '.join(missing)}")
+    for key, value in _DEFAULTS.items():
+        cfg.train.setdefault(key, value)
+    keys = [key for key, _ in _items(OmegaConf.to_container(cfg))]
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals:
+            raise ValueError(f"{override}: an override has the form key=value")
+        if key not in keys and not key.startswith("+"):
+            similar = difflib.get_close_matches(key, keys, 1)
+            hint = f" Similar is {similar[0]}." if similar else ""
+            raise ValueError(f"{file} has no key {key}.{hint} A new key is given as +{override}")
+        try:
+            LazyConfig.apply_overrides(cfg, [override])
+        except Exception as e:  # of Hydra's parser and of OmegaConf, of many types
+            raise ValueError(f"{override}: {str(e).splitlines()[0]}") from e
+    if not torch.cuda.is_available():
+        cfg.train.device = "cpu"
+    return cfg
+
+
+def check_lazy_config(cfg: DictConfig, num_workers: int, eval_only: bool, resume: bool) -> None:
+    """
+    Finds the mistakes that can be found without building anything.
+
+    Raises:
+        ValueError: a norm is unknown, a data set is not registered, weights do not exist, the batch
+            cannot be divided among the workers, or an interpolation is wrong.
+        FileNotFoundError: a data set is not where it should be.
+    """
+    try:
+        items = list(_items(OmegaConf.to_container(cfg, resolve=True)))
+    except OmegaConfBaseException as e:
+        raise ValueError(str(e).splitlines()[0]) from e
+    for key, value in items:
+        if key.endswith("norm") and isinstance(value, str):
+            check_norm_name(value, key)
+        if isinstance(value, dict) and "_target_" in value:
+            if not (eval_only and key.startswith("dataloader.train.")):
+                _check_call(key, value)
+    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
+    if not eval_only and batch is not None and (batch < 1 or batch % num_workers):
+        raise ValueError(
+            "dataloader.train.total_batch_size must be a positive multiple of the number of workers "
+            f"({num_workers}), got {batch}"
+        )
+    if not resume:
+        check_weights(cfg.train.init_checkpoint, "train.init_checkpoint")
+
+
+def _items(node: Union[Dict, List], prefix: str = "") -> Iterator[Tuple[str, Any]]:
+    """All keys of nested containers in dotted form, with their values."""
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        yield f"{prefix}{key}", value
+        if isinstance(value, (dict, list)):
+            yield from _items(value, f"{prefix}{key}.")
+
+
+def _check_call(key: str, call: Dict[str, Any]) -> None:
+    """Finds a missing data set, if the call makes one."""
+    target = call["_target_"]
+    target = locate(target) if isinstance(target, str) else target
+    if target is get_detection_dataset_dicts:
+        names = call["names"]
+        for name in [names] if isinstance(names, str) else names:
+            check_dataset(name, f"{key}.names")
+    elif hasattr(target, "check_files"):
+        target.check_files(call["split"], call.get("root"))
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+class LazyTrainer(ResumableTrainer):
+    """
+    The counterpart of :class:`mabn_d2.engine.Trainer` for LazyConfigs.
+
+    Takes configs with the parts that Detectron2's `tools/lazyconfig_train_net.py` takes:
+
+        model: instantiates to a module that returns a dict of losses in training
+        dataloader.train, dataloader.test: to iterables of batches
+        dataloader.evaluator: to a `DatasetEvaluator`; without one there is no evaluation
+        optimizer: to an optimizer; the model becomes an argument of its `params`
+        lr_multiplier: to a fvcore `ParamScheduler`
+        train: output_dir, init_checkpoint, max_iter, amp.enabled, ddp, checkpointer, eval_period,
+            log_period, device as in Detectron2's configs/common/train.py, and what
+            :func:`load_lazy_config` adds
+
+    Data loaders of this package resume where they were; those of Detectron2 start anew.
+    """
+
+    def __init__(self, cfg: DictConfig):
+        """
+        Args:
+            cfg: of :func:`load_lazy_config`.
+        """
+        self.cfg = cfg
+        model = self.build_model(cfg)
+        params = {**cfg.optimizer.params, "model": model}
+        optimizer = instantiate({**cfg.optimizer, "params": params})
+        super().__init__(
+            model,
+            optimizer,
+            instantiate(cfg.dataloader.train),
+            seed=cfg.train.seed,
+            max_iter=cfg.train.max_iter,
+            output_dir=cfg.train.output_dir,
+            weights=cfg.train.init_checkpoint,
+            amp=cfg.train.amp.enabled,
+            **cfg.train.ddp,
+        )
+        self.scheduler = LRMultiplier(optimizer, instantiate(cfg.lr_multiplier), self.max_iter)
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: DictConfig) -> nn.Module:
+        """The model on the device of `train.device`."""
+        model = instantiate(cfg.model).to(cfg.train.device)
+        logging.getLogger(__name__).info("Model:\n%s", model)
+        return model
+
+    def build_hooks(self) -> List[hooks.HookBase]:
+        """The hooks in the order in which they run after each iteration."""
+        options = self.cfg.train
+        is_main = comm.is_main_process()
+        ret = []
+        if options.double_forward:
+            ret.append(DoubleForward())
+        ret += [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(),
+            SyncNormStatistics(options.eval_period, options.checkpointer.period),
+        ]
+        if is_main:
+            ret.append(FinalCheckpoint(self.checkpointer))
+            ret.append(hooks.PeriodicCheckpointer(self.checkpointer, **options.checkpointer))
+        if "evaluator" in self.cfg.dataloader:
+            ret.append(hooks.EvalHook(options.eval_period, lambda: self.test(self.cfg, self.model)))
+        if is_main:  # last, so that it writes what the others have measured
+            writers = default_writers(options.output_dir, self.max_iter)
+            ret.append(hooks.PeriodicWriter(writers, options.log_period))
+        return ret
+
+    def train(self) -> None:
+        """Trains from `start_iter` to `max_iter`."""
+        # DefaultTrainer's own looks for expected results in a yacs config.
+        TrainerBase.train(self, self.start_iter, self.max_iter)
+
+    @classmethod
+    def test(cls, cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
+        """
+        Evaluates a model on `dataloader.test` and prints the results.
+
+        Returns:
+            what the evaluator returns; {} on all workers but the first.
+        """
+        loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
+        results = inference_on_dataset(model, loader, evaluator)
+        if comm.is_main_process():
+            print_csv_format(results)
+        return results
