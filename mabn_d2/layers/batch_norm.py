@@ -134,7 +134,6 @@ class BatchStatisticsNorm2d(Norm2d, nn.BatchNorm2d):
         unbiased = var * (counts / others)
         before = []
         for running, value in [(self.running_mean, mean), (self.running_var, unbiased)]:
-            value = torch.where(value.isfinite(), value, running)
             before.append(exponential_average(running, value, self.momentum))
         self.num_batches_tracked += len(mean)
         return before

@@ -100,13 +100,14 @@ def _unchanged(model: nn.Module, but: List[torch.Tensor]) -> Iterator[None]:
     changing = {id(buffer) for buffer in but}
     buffers = [buffer for buffer in model.buffers() if id(buffer) not in changing]
     copies = [buffer.clone() for buffer in buffers]
-    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
+    attributes = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
     try:
         yield
     finally:
-        for module, before in attributes:
+        for module, before, buffers_before in attributes:
             module.__dict__.clear()
             module.__dict__.update(before)
+            module._buffers.update(buffers_before)
         for buffer, copy in zip(buffers, copies):
             buffer.copy_(copy)
 

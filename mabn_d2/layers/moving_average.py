@@ -96,6 +96,8 @@ def exponential_average(
     """
     Moves a running statistic towards G statistics in order: running ← (1 - momentum)·running + momentum·s.
 
+    A value that is not finite moves nothing.
+
     Args:
         running: shape (C,), changed in place.
         statistics: shape (G, C).
@@ -103,19 +105,11 @@ def exponential_average(
     Returns:
         what it was before each of the statistics, shape (G, C).
     """
-    num = len(statistics)
-    if num == 1:
-        before = running[None].clone()
-        running.lerp_(statistics[0], momentum)
-        return before
-    # running after j statistics is Σ_i weight[j, i]·(running, s_1, ..., s_G)[i].
-    index = torch.arange(num + 1, device=running.device)
-    age = index[:, None] - index
-    weight = torch.where(age >= 0, (1 - momentum) ** age.clamp(min=0).to(running.dtype), 0.0)
-    weight[:, 1:] *= momentum
-    after = (weight[:, :, None] * torch.cat([running[None], statistics])).sum(1)
-    running.copy_(after[-1])
-    return after[:-1]
+    before = []
+    for statistic in statistics:
+        before.append(running.clone())
+        running.lerp_(torch.where(statistic.isfinite(), statistic, running), momentum)
+    return torch.stack(before)
 
 
 class MovingAverage(Statistics):

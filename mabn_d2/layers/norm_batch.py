@@ -37,10 +37,11 @@ class NormBatches:
         return x.contiguous().view(1, n * c, h, w)
 
     def join(self, planes: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The inverse of :meth:`split`, in the memory format of `like`."""
+        """The inverse of :meth:`split` for a new tensor, in the memory format of `like`."""
         if self.num == 1:
             return planes
-        joined = planes.view(self.shape)
+        # In place: autograd forbids a ReLU to modify a view that a custom function returns.
+        joined = planes.resize_(self.shape)
         if like.is_contiguous() or not like.is_contiguous(memory_format=torch.channels_last):
             return joined
         return joined.contiguous(memory_format=torch.channels_last)
