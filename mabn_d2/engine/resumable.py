@@ -63,6 +63,7 @@ class ResumableTrainer(DefaultTrainer):
         self.checkpointer = Checkpointer(model, output_dir, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = max_iter
+        self._place_loader()
 
     def resume_or_load(self, resume: bool = True) -> None:
         """
@@ -74,6 +75,9 @@ class ResumableTrainer(DefaultTrainer):
         self.checkpointer.resume_or_load(self.weights, resume=resume)
         if resume and self.checkpointer.has_checkpoint():
             self.start_iter = self.iter + 1  # the checkpoint has the iteration that was completed
+        self._place_loader()
+
+    def _place_loader(self) -> None:
         if hasattr(self.train_loader, "start_iter"):
             self.train_loader.seed, self.train_loader.start_iter = self.seed, self.start_iter
 

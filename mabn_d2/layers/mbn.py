@@ -120,7 +120,7 @@ class MBN2d(BatchStatisticsNorm2d):
         age = torch.arange(len(values) - 1, -1, -1, device=values.device)
         older = (self.decay ** age.to(values.dtype)) * (age > 0) * (age < counts[:, None])
         total = older.sum(1, keepdim=True)
-        current = torch.where(total > 0, self.current_weight, 1.0)
+        current = torch.where(total > 0, torch.full_like(total, self.current_weight), 1.0)
         weights = (1 - current) * older / total.clamp(min=torch.finfo(values.dtype).tiny)
         return torch.where(age == 0, current, weights)[:, :, None]
 
