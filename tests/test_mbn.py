@@ -380,6 +380,18 @@ def test_weights_trained_with_bn_serve_until_the_first_batch_and_report_the_miss
     torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)))
 
 
+def test_without_any_remembered_batch_a_bad_one_is_normalized_with_the_loaded_statistics():
+    norm = random_norm(**OPTIONS)
+    nn.init.normal_(norm.running_mean)
+    nn.init.uniform_(norm.running_var, 1, 2)
+    before, x = state(norm), random_batch()[0]
+    x[0, 1, 2, 2] = np.nan
+    y, _ = train(norm, x, x)
+    before["num_batches_tracked"] += 1
+    assert_same_state(before, state(norm))
+    torch.testing.assert_close(y[:, [0, 2]], norm.eval()(x)[:, [0, 2]])
+
+
 def test_the_layer_survives_deepcopy_and_pickle():
     norm = random_norm(**OPTIONS)
     for step in range(3):

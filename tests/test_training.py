@@ -197,7 +197,7 @@ def test_evaluation_alone_prints_the_table_of_the_checkpoint(uninterrupted, shap
         (["MODEL.MABN.BUFFER_SIZE", 0], "MODEL.MABN.BUFFER_SIZE must be a positive integer, got 0"),
         (["MODEL.MABN.MOMENTUM", 2.0], r"MODEL.MABN.MOMENTUM must be a number in (0, 1], got 2.0"),
         (["MODEL.MABN.EPS", "small"], "MODEL.MABN.EPS"),
-        (["MODEL.FPN.NORM", "MABM"], "MODEL.FPN.NORM must be one of MABN, BN, SyncBN"),
+        (["MODEL.FPN.NORM", "MABM"], "MODEL.FPN.NORM must be one of MABN, BRN, MBN, BN, SyncBN"),
         (["MODEL.MABN.NO_SUCH_KEY", 1], "MODEL.MABN.NO_SUCH_KEY"),
         (["DATASETS.TRAIN", "('no_such_set',)"], "DATASETS.TRAIN: no data set is registered"),
         (["DATASETS.TEST", "('coco_2017_val',)"], "annotations/instances_val2017.json"),
