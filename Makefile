@@ -2,7 +2,11 @@
 PYTHON ?= python3.10
 VENV := .venv
 RUN := $(VENV)/bin/python
+
+SHAPES_MABN := configs/quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn.yaml
 DEMO := output/shapes_mask_rcnn_R_18_FPN_mabn
+CLASSIFIER := output/fashion_mnist_resnet18_mabn_2
+TRANSFER := $(DEMO)_transfer
 
 # The newest stack: another Python and PyTorch, and Detectron2's Python code without its operators.
 PYTHON_NEWEST ?= python3.11
@@ -11,7 +15,7 @@ RUN_NEWEST := $(NEWEST)/bin/python
 
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: setup demo test test-fast test-newest datasets/fashion-mnist clean
+.PHONY: setup demo transfer test test-fast test-newest datasets/fashion-mnist clean
 
 setup: $(VENV)/.complete
 
@@ -24,16 +28,26 @@ $(VENV)/.complete: requirements.lock setup.py
 	$(RUN) -m pip install $(PIP_OPTIONS) --no-deps --no-build-isolation -e .
 	touch $@
 
-# Trains a small Mask R-CNN with MABN on two images per step and evaluates it.
-demo: export DETECTRON2_DATASETS = datasets
 # Without these, memory goes back to the system after each step and is asked for again in the next.
-demo: export MALLOC_MMAP_MAX_ = 0
-demo: export MALLOC_TRIM_THRESHOLD_ = 20000000000
-demo: setup
-	test -d datasets/shapes || $(RUN) tools/make_synthetic_coco.py datasets --train 1000 --val 200
-	$(RUN) tools/train_net.py --resume \
-		--config-file configs/quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn.yaml OUTPUT_DIR $(DEMO)
+demo transfer: export MALLOC_MMAP_MAX_ = 0
+demo transfer: export MALLOC_TRIM_THRESHOLD_ = 20000000000
+demo transfer: export DETECTRON2_DATASETS = datasets
+
+# Trains a small Mask R-CNN with MABN on two images per step and evaluates it.
+demo: setup datasets/shapes
+	$(RUN) tools/train_net.py --resume --config-file $(SHAPES_MABN) OUTPUT_DIR $(DEMO)
 	$(RUN) tools/report.py $(DEMO)
+
+# Trains a classifier on real images, and from its backbone the demo's Mask R-CNN by the demo's schedule.
+transfer: setup datasets/shapes datasets/fashion-mnist
+	$(RUN) tools/lazyconfig_train_net.py --resume \
+		--config-file configs/FashionMNIST/resnet18_mabn_2.py train.output_dir=$(CLASSIFIER)
+	$(RUN) tools/train_net.py --resume --config-file $(SHAPES_MABN) \
+		MODEL.WEIGHTS $(CLASSIFIER)/model_final.pth OUTPUT_DIR $(TRANSFER)
+	$(RUN) tools/report.py $(TRANSFER)
+
+datasets/shapes: | setup
+	$(RUN) tools/make_synthetic_coco.py datasets --train 1000 --val 200
 
 test: setup
 	$(RUN) -m pytest

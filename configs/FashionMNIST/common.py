@@ -4,7 +4,7 @@ one worker's 32 images per iteration, one epoch, and an LR that is 8 times small
 
 The backbone and the pixels are those of ../quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn.yaml.
 """
-from torchvision.transforms import Compose, Pad, RandomCrop, RandomHorizontalFlip
+from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
 from detectron2.config import LazyCall as L
 from mabn_d2.data.classification import FashionMNIST
@@ -16,14 +16,15 @@ model.stages.depth = 18
 model.num_classes = 10
 model.pixel_std = [57.375, 57.12, 58.395]
 
-# 28x28 pixels at a random place of 32x32, and in the middle.
+# Enlarged from 28x28, so that the last stage sees 2x2 pixels and two images have a variance there.
+resize = L(Resize)(size=40)
 dataloader.train.dataset = L(FashionMNIST)(
     split="train",
-    transform=L(Compose)(transforms=[L(RandomCrop)(size=32, padding=4), L(RandomHorizontalFlip)()]),
+    transform=L(Compose)(
+        transforms=[resize, L(RandomCrop)(size=40, padding=4), L(RandomHorizontalFlip)()]
+    ),
 )
-dataloader.test.dataset = L(FashionMNIST)(
-    split="val", transform=L(Compose)(transforms=[L(Pad)(padding=2)])
-)
+dataloader.test.dataset = L(FashionMNIST)(split="val", transform=resize)
 dataloader.train.total_batch_size = 32
 dataloader.train.num_workers = dataloader.test.num_workers = 0
 
