@@ -42,8 +42,11 @@ demo: setup datasets/shapes
 transfer: setup datasets/shapes datasets/fashion-mnist
 	$(RUN) tools/lazyconfig_train_net.py --resume \
 		--config-file configs/FashionMNIST/resnet18_mabn_2.py train.output_dir=$(CLASSIFIER)
+	test -f $(CLASSIFIER)/weights.pth || \
+		$(RUN) tools/convert_weights.py $(CLASSIFIER)/model_final.pth $(CLASSIFIER)/weights.pth \
+		--from detectron2 --config-file $(SHAPES_MABN)
 	$(RUN) tools/train_net.py --resume --config-file $(SHAPES_MABN) \
-		MODEL.WEIGHTS $(CLASSIFIER)/model_final.pth OUTPUT_DIR $(TRANSFER)
+		MODEL.WEIGHTS $(CLASSIFIER)/weights.pth OUTPUT_DIR $(TRANSFER)
 	$(RUN) tools/report.py $(TRANSFER)
 
 datasets/shapes: | setup

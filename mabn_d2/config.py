@@ -25,7 +25,6 @@ def add_mabn_config(cfg: CfgNode) -> None:
     # Iterations at the start with r = 1.
     cfg.MODEL.MABN.RENORM_START_ITER = 1000
 
-
     # Batch Renormalization, with the constants of its paper.
     cfg.MODEL.BRN = CfgNode()
     # Weight of the new value in the running statistics, as in PyTorch's BN.
