@@ -46,7 +46,7 @@ def add_mabn_config(cfg: CfgNode) -> None:
     # Batches that are remembered, the current one included.
     cfg.MODEL.MBN.MEMORY_SIZE = 16
     # Weight of the current batch; the older ones divide the rest.
-    cfg.MODEL.MBN.CURRENT_WEIGHT = 0.2
+    cfg.MODEL.MBN.CURRENT_WEIGHT = 0.5
     # Ratio of the weight of a remembered batch to that of the next newer one.
     cfg.MODEL.MBN.DECAY = 0.9
     # Whether each mini-batch is run forward once more after the optimizer's step, to renew its

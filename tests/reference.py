@@ -98,7 +98,7 @@ class ReferenceMBN:
     """One layer. Shapes: x, d (N, C, H, W); weight, bias, mean, var (C,)."""
 
     def __init__(
-        self, num_features, eps=1e-5, memory_size=16, current_weight=0.2, decay=0.9
+        self, num_features, eps=1e-5, memory_size=16, current_weight=0.5, decay=0.9
     ):  # fmt: skip
         self.eps, self.k, self.current_weight, self.decay = eps, memory_size, current_weight, decay
         self.weight, self.bias = np.ones(num_features), np.zeros(num_features)

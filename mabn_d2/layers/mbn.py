@@ -50,6 +50,11 @@ class MBN2d(BatchStatisticsNorm2d):
     the batches that are there divide it. With k = 1 this is BN, but for running statistics, which
     are those of the last batch.
 
+    The defaults were chosen by the runs in docs/experiments.md. A small `current_weight` averages
+    the noise of the forward pass well, but leaves most of BN's correction out of the gradient: the
+    scale of the layers before the norm then drifts and learning stalls. A large one makes evaluation
+    depend on the last batch.
+
     A batch whose statistics are not finite is not remembered, and normalized with the memory as it
     is. With a `norm_batch_size`, each normalization batch is remembered.
     """
@@ -59,7 +64,7 @@ class MBN2d(BatchStatisticsNorm2d):
         num_features: int,
         eps: float = 1e-5,
         memory_size: int = 16,
-        current_weight: float = 0.2,
+        current_weight: float = 0.5,
         decay: float = 0.9,
         affine: bool = True,
         device=None,
