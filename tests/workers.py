@@ -1,5 +1,7 @@
 """Runs a function in several real worker processes on the CPU (gloo)."""
 import functools
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -24,3 +26,7 @@ def _save_result(function, folder, *args):
     result = function(*args)
     torch.save(result, folder / f"result{comm.get_rank()}.pt")
     comm.synchronize()
+    # An ordinary exit may abort: gloo's threads still free tensors while the interpreter shuts down.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
