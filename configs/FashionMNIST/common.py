@@ -1,5 +1,5 @@
 """
-ResNet-18 on Fashion-MNIST by the recipe of ../ImageNet/common.py, for one CPU core and a few minutes:
+ResNet-18 on Fashion-MNIST by the recipe of ../ImageNet/common.py, for one CPU core and ten minutes:
 one worker's 32 images per iteration, one epoch, and an LR that is 8 times smaller as the batch is.
 
 The backbone and the pixels are those of ../quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn.yaml.
