@@ -52,8 +52,8 @@ class _NormalizeFunction(torch.autograd.Function):
             return grad_x, sum_dz, sum_d, None, None, None, None, None
         spread, x_planes = batches.spread, batches.split(x)
         grad_x, sum_dz, sum_d = torch.ops.aten.native_batch_norm_backward(
-            batches.split(d), x_planes, spread(scale), spread(mean), spread(var), None, None,
-            False, ctx.eps, [needs_x, True, True],
+            batches.split(d), x_planes, spread(scale), spread(mean), spread(var),
+            spread(mean), spread(inv_std), False, ctx.eps, [needs_x, True, True],
         )  # fmt: skip
         sum_dz, sum_d = batches.total(sum_dz), batches.total(sum_d)
         if needs_x:  # as yet scale / sqrt(σ² + ε) · d

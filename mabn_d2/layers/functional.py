@@ -20,8 +20,9 @@ def channel_dot(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.T
     """
     ones = torch.ones(a.shape[1], dtype=dtype, device=a.device)
     zeros = torch.zeros_like(ones)
+    # The saved statistics are not used without `train`, but some CUDA kernels insist on them.
     return torch.ops.aten.native_batch_norm_backward(
-        a, b, ones, zeros, ones, None, None, False, 0.0, [False, True, False]
+        a, b, ones, zeros, ones, zeros, ones, False, 0.0, [False, True, False]
     )[1]
 
 

@@ -55,7 +55,7 @@ class _MABNFunction(torch.autograd.Function):
         scales, moments = batches.spread(scale), batches.spread(second_moment)
         zeros = torch.zeros_like(moments)
         grad_x, sum_dz, sum_d = torch.ops.aten.native_batch_norm_backward(
-            d_planes, x_planes, scales, zeros, moments, None, None,
+            d_planes, x_planes, scales, zeros, moments, zeros, (moments + ctx.eps).rsqrt(),
             False, ctx.eps, [needs_x, needs_x or needs_weight, needs_bias],
         )  # fmt: skip
         if needs_x or needs_weight:

@@ -52,7 +52,7 @@ def record(statistics: torch.Tensor, values: torch.Tensor, count: torch.Tensor) 
     recorded = finite.cumsum(0)
     slots = torch.arange(len(values), device=values.device)
     past = values.index_select(0, (count + slots) % len(values))
-    order = torch.argsort(~finite, stable=True)
+    order = torch.argsort((~finite).byte(), stable=True)  # CUDA does not sort booleans
     keep = finite.index_select(0, order).view(-1, *[1] * (statistics.dim() - 1))
     new = torch.where(keep, statistics.index_select(0, order), 0.0)
     windows = torch.cat([past, new]).unfold(0, len(values), 1).movedim(-1, 1)
