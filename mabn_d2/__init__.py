@@ -2,21 +2,15 @@
 Moving Average Batch Normalization (MABN, ICLR 2020) for Detectron2.
 
 Importing the package registers the norms: `MODEL.RESNETS.NORM: MABN` then works in any Detectron2
-config, in any script.
+config, in any script. Without Detectron2 the layers, the surgery on models and the training tools
+work for any PyTorch model.
 """
-try:
-    import detectron2  # noqa: F401
-except ImportError as e:
-    raise ImportError(
-        "mabn_d2 needs Detectron2, which is not installed. For Python 3.10 and torch 2.3: "
-        'pip install "setuptools<81" "numpy<2" sal-detectron2==0.7.2. For other versions see '
-        "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
-    ) from e
 
-from .config import add_mabn_config
-from .layers import BRN2d, CenConv2d, DoubleForward, MABN2d, MBN2d
-from .norms import NORM_REGISTRY, install, uninstall
+import importlib.util
+
+from .layers import BRN2d, CenConv2d, MABN2d, MBN2d
 from .surgery import centralize, set_norm_batch_size
+from .training import DoubleForward
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,4 +27,13 @@ __all__ = [
     "uninstall",
 ]
 
-install()
+if importlib.util.find_spec("detectron2") is not None:
+    from .plugin import NORM_REGISTRY, add_mabn_config, install, uninstall
+
+    install()
+else:
+
+    def __getattr__(name):
+        if name in ("NORM_REGISTRY", "add_mabn_config", "install", "uninstall"):
+            from .utils import needs_detectron2  # noqa: F401  raises
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

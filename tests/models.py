@@ -1,4 +1,5 @@
 """Detectron2 models of any architecture, fast to build or to run a training step of."""
+
 import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.modeling import build_model

@@ -1,4 +1,5 @@
 """The norms in float64, written in numpy from the papers' formulas. Knows nothing of the package."""
+
 import numpy as np
 
 
@@ -10,7 +11,11 @@ class ReferenceMABN:
         renorm_clip=5.0, renorm_start_iter=1000,
     ):  # fmt: skip
         self.eps, self.momentum, self.m = eps, momentum, buffer_size
-        self.warmup_iters, self.clip, self.renorm_start = warmup_iters, renorm_clip, renorm_start_iter
+        self.warmup_iters, self.clip, self.renorm_start = (
+            warmup_iters,
+            renorm_clip,
+            renorm_start_iter,
+        )
         self.weight, self.bias = np.ones(num_features), np.zeros(num_features)
         self.running_var = np.ones(num_features)
         self.t, self.moments, self.psis = 0, [], []

@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from mabn_d2 import MABN2d, add_mabn_config
+from mabn_d2.benchmark import measure, shapes, table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TOOL = REPOSITORY / "tools/benchmark_norm.py"
@@ -43,11 +44,13 @@ def tool(monkeypatch):
     spec = importlib.util.spec_from_file_location("benchmark_norm", TOOL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.MODEL_SHAPES = module.SHAPES
-    small = [module.Shape(*shape) for shape in SMALL]
-    monkeypatch.setattr(module, "SHAPES", small)
+    small = small_shapes()
     monkeypatch.setattr(module, "CHOICES_OF_SHAPES", {"all": small, "quick": small[:1]})
     return module
+
+
+def small_shapes():
+    return [shapes.Shape(*shape) for shape in SMALL]
 
 
 @pytest.fixture
@@ -58,14 +61,14 @@ def reference(tmp_path):
 
 
 def settings(tool, **options):
-    return tool.Settings(torch.device("cpu"), **{"runs": 2, **options})
+    return measure.Settings(torch.device("cpu"), **{"runs": 2, **options})
 
 
 def rows_of(tool, **options):
-    norms = tool.make_norms(torch.device("cpu"))
+    norms = measure.make_norms(torch.device("cpu"))
     return [
         row
-        for group in tool.benchmark(tool.SHAPES, norms, settings(tool, **options))
+        for group in measure.benchmark(small_shapes(), norms, settings(tool, **options))
         for row in group
     ]
 
@@ -99,8 +102,8 @@ def test_shapes_are_those_of_the_model(tool):
     model.roi_heads.box_head(torch.empty(rois, 256, 7, 7, device="meta"))
     model.roi_heads.mask_head.layers(torch.empty(foreground, 256, 14, 14, device="meta"))
     assert sum(seen.values()) == len(norms) == 69
-    assert {shape.size: shape.norms for shape in tool.MODEL_SHAPES} == seen
-    assert len(tool.MODEL_SHAPES) == len(seen)
+    assert {shape.size: shape.norms for shape in shapes.SHAPES} == seen
+    assert len(shapes.SHAPES) == len(seen)
 
 
 def test_shapes_resnet50_are_those_of_the_model(tool):
@@ -110,12 +113,12 @@ def test_shapes_resnet50_are_those_of_the_model(tool):
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_hook(lambda _, inputs, out: seen.update([inputs[0].shape]))
     model(torch.empty(32, 3, 224, 224, device="meta"))
-    assert {shape.size: shape.norms for shape in tool.SHAPES_RESNET50} == seen
-    assert len(tool.SHAPES_RESNET50) == len(seen)
+    assert {shape.size: shape.norms for shape in shapes.SHAPES_RESNET50} == seen
+    assert len(shapes.SHAPES_RESNET50) == len(seen)
 
 
 def test_norms_on_groups_of_images_are_measured_beside_those_on_the_whole_batch(tool, capsys):
-    norms = tool.make_norms(torch.device("cpu"), norm_batch_size=2)
+    norms = measure.make_norms(torch.device("cpu"), norm_batch_size=2)
     assert norms["BN(2)"](4).norm_batch_size == norms["MABN(2)"](4).norm_batch_size == 2
     assert isinstance(norms["BN"](4), nn.BatchNorm2d) and not hasattr(norms["BN"](4), "frozen")
     assert tool.main(["--device", "cpu", "--runs", "1", "--norm-batch-size", "2"]) == 0
@@ -136,7 +139,7 @@ def test_every_norm_is_measured(tool):
 
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 def test_mabn_keeps_only_the_input_and_vectors(tool, memory_format):
-    rows = rows_of(tool, memory_format=tool.MEMORY_FORMATS[memory_format])
+    rows = rows_of(tool, memory_format=measure.MEMORY_FORMATS[memory_format])
     for row in (row for row in rows if row.norm == "MABN"):
         channels = row.shape.size[1]
         assert 0 < row.saved_bytes - row.x_bytes <= 8 * 4 * channels
@@ -144,8 +147,8 @@ def test_mabn_keeps_only_the_input_and_vectors(tool, memory_format):
 
 def test_mabn_is_measured_in_its_steady_state(tool):
     norm = MABN2d(32)
-    x, upstream = tool.make_inputs(tool.SHAPES[0], settings(tool))
-    tool.make_step(norm, x, upstream, settings(tool))
+    x, upstream = measure.make_inputs(small_shapes()[0], settings(tool))
+    measure.make_step(norm, x, upstream, settings(tool))
     assert norm.second_moment.count > norm.renorm_start_iter
     assert norm.psi.count > norm.psi.warmup_iters
     assert all((buffer != 0).all() for buffer in norm.buffers())
@@ -158,22 +161,24 @@ def test_peak_memory_counts_temporaries(tool):
         del first, second
         torch.empty(1250)  # 5000 bytes
 
-    assert tool.peak_bytes(function, torch.device("cpu")) == 6000
+    assert measure.peak_bytes(function, torch.device("cpu")) == 6000
 
 
 def test_ratio_is_paired_within_a_round(tool):
-    a, b = (tool.Row(tool.SHAPES[0], "", times, 1, 1, 1) for times in ([2, 40, 6], [1, 10, 3]))
-    assert tool.ratio(a, b) == 2
+    a, b = (
+        measure.Row(small_shapes()[0], "", times, 1, 1, 1) for times in ([2, 40, 6], [1, 10, 3])
+    )
+    assert table.ratio(a, b) == 2
 
 
 def test_summary_weighs_by_the_number_of_norms(tool):
     times = {"BN": (1.0, 1.0), "MABN": (2.0, 8.0)}
     rows = [
-        tool.Row(shape, norm, [time], 1, 1, 1)
+        measure.Row(shape, norm, [time], 1, 1, 1)
         for norm in times
-        for shape, time in zip(tool.SHAPES, times[norm])
+        for shape, time in zip(small_shapes(), times[norm])
     ]
-    lines = tool.summarize(rows).splitlines()
+    lines = table.summarize(rows).splitlines()
     assert lines[1].split() == ["MABN", "/", "BN", "4.000", "3.500"]
     assert lines[-1].split() == ["MABN", "14.0"]
 
@@ -186,7 +191,7 @@ def test_reduced_precision(tool):
 
 def test_failing_norm_is_left_out(tool, capsys):
     norms = {"BN": nn.BatchNorm2d, "bad": lambda channels: nn.BatchNorm2d(channels + 1)}
-    rows = tool.measure(tool.SHAPES[0], norms, settings(tool))
+    rows = measure.measure(small_shapes()[0], norms, settings(tool))
     assert [row.norm for row in rows] == ["BN"]
     assert capsys.readouterr().err.startswith("left out: bad on first: ")
 
@@ -249,7 +254,7 @@ def test_interruption_leaves_no_traceback(tool, tmp_path, monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tool, "measure", interrupt)
+    monkeypatch.setattr(measure, "measure", interrupt)
     assert tool.main(["--device", "cpu", "--csv", str(tmp_path / "out.csv")]) == 130
     assert capsys.readouterr().err == "benchmark_norm.py: interrupted\n"
     assert not list(tmp_path.iterdir())

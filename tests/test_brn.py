@@ -1,4 +1,5 @@
 """What Batch Renormalization computes and keeps, and how it is a BN to Detectron2."""
+
 import copy
 import pickle
 
@@ -12,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mabn_d2.config import norm_options
 from mabn_d2.engine import update_norm_statistics
 from mabn_d2.layers import BRN2d
+from mabn_d2.plugin import norm_options
 
 from .reference import ReferenceBRN
 from .test_conditions import decays, small_cfg
@@ -133,7 +134,9 @@ def test_without_room_for_r_and_d_it_is_bn(options, dtype):
     norm = random_norm(dtype=dtype, **options)
     bn = nn.BatchNorm2d(3, momentum=norm.momentum).to(dtype)
     bn.load_state_dict(norm.state_dict())
-    tolerance = dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-5, atol=1e-5)
+    tolerance = (
+        dict(rtol=1e-12, atol=1e-12) if dtype == torch.float64 else dict(rtol=1e-5, atol=1e-5)
+    )
     for step in range(20):
         x, d = random_batch(step, dtype=dtype)
         for actual, expected in zip(train(norm, x, d), train(bn, x, d)):

@@ -1,17 +1,18 @@
 """What the centralized convolution computes, and how a model gets it."""
+
 import copy
 import logging
 from pathlib import Path
 
+import detectron2.layers as d2
 import numpy as np
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-import detectron2.layers as d2
 from mabn_d2.layers import CenConv2d, MABN2d, centralize_kernel
-from mabn_d2.norms import CenDeformConv
+from mabn_d2.plugin.install import CenDeformConv
 from mabn_d2.surgery import centralize, find_norm_sites
 
 TRACE = Path(__file__).parent / "data" / "mabn_reference_trace.npz"
@@ -19,7 +20,11 @@ TRACE = Path(__file__).parent / "data" / "mabn_reference_trace.npz"
 
 @pytest.mark.parametrize(
     "name, options",
-    [("conv", dict(padding=1)), ("grouped", dict(padding=1, groups=2)), ("strided", dict(stride=2))],
+    [
+        ("conv", dict(padding=1)),
+        ("grouped", dict(padding=1, groups=2)),
+        ("strided", dict(stride=2)),
+    ],
 )
 def test_every_number_of_the_authors_released_convolution_is_reproduced(name, options):
     trace = {key: torch.from_numpy(value) for key, value in np.load(TRACE).items()}
@@ -72,7 +77,9 @@ def test_a_deformable_convolution_uses_the_centralized_kernel_and_keeps_the_raw_
         seen = []
         module = __import__("detectron2.layers.deform_conv", fromlist=["x"])
         original = module.deform_conv
-        module.deform_conv = lambda x, offset, weight, *_: seen.append(weight) or torch.zeros(2, 4, 5, 5)
+        module.deform_conv = lambda x, offset, weight, *_: (
+            seen.append(weight) or torch.zeros(2, 4, 5, 5)
+        )
         try:
             conv(torch.randn(2, 3, 5, 5), torch.zeros(2, 18, 5, 5))
         finally:

@@ -1,4 +1,5 @@
 """Classification on Fashion-MNIST and ImageNet, and the trainer for LazyConfigs behind it."""
+
 import json
 import signal
 import subprocess
@@ -10,10 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torch import nn
-from torchvision.transforms import Compose, Pad, RandomCrop, RandomHorizontalFlip
-
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg, instantiate
 from detectron2.modeling import ResNet, build_model
@@ -21,16 +18,20 @@ from detectron2.modeling.backbone import BasicStem
 from detectron2.modeling.backbone.resnet import BasicBlock
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from PIL import Image
+from torch import nn
+from torchvision.transforms import Compose, Pad, RandomCrop, RandomHorizontalFlip
+
 from mabn_d2 import add_mabn_config
 from mabn_d2.checkpoint import Checkpointer
 from mabn_d2.classification import AccuracyEvaluator, Classifier
-from mabn_d2.data import make_synthetic_coco, register_shapes
-from mabn_d2.data.classification import (
+from mabn_d2.classification.data import (
     ClassificationTrainLoader,
     FashionMNIST,
     ImageNet,
     build_classification_test_loader,
 )
+from mabn_d2.data import make_synthetic_coco, register_shapes
 from mabn_d2.engine import LazyTrainer, check_lazy_config, load_lazy_config
 from mabn_d2.engine.hooks import DoubleForward
 from mabn_d2.layers import BRN2d, GhostBatchNorm2d, MABN2d, MBN2d
@@ -213,7 +214,9 @@ def evaluate_in_a_worker():
     evaluator = AccuracyEvaluator()
     evaluator.reset()
     labels = [[0, 1, 1], [0]][comm.get_rank()]  # another number in each worker
-    evaluator.process([{"label": n} for n in labels], [{"logits": torch.tensor([1.0, 0])}] * len(labels))
+    evaluator.process(
+        [{"label": n} for n in labels], [{"logits": torch.tensor([1.0, 0])}] * len(labels)
+    )
     return evaluator.evaluate()
 
 
@@ -311,7 +314,7 @@ def test_all_workers_together_go_through_the_images_epoch_by_epoch(monkeypatch):
     iterations = [sorted(drawn[0][i] + drawn[1][i]) for i in range(9)]
     first = sum(iterations[:4], []) + [n for n in iterations[4] if n not in sum(iterations[:4], [])]
     assert sorted(first) == list(range(18))
-    assert Counter(sum(iterations, [])) == {n: 2 for n in range(18)}
+    assert Counter(sum(iterations, [])) == dict.fromkeys(range(18), 2)
     assert drawn[0][:4] != drawn[0][5:]
 
 
@@ -396,7 +399,10 @@ def test_a_mistake_is_reported_in_one_line_before_anything_starts(data, tmp_path
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("train.max_itr=3", "no key train.max_itr. Similar is train.max_iter. A new key is given as +"),
+        (
+            "train.max_itr=3",
+            "no key train.max_itr. Similar is train.max_iter. A new key is given as +",
+        ),
         ("train.max_iter", "train.max_iter: an override has the form key=value"),
         ("train.max_iter=[1", "train.max_iter=.1: "),
         ("model.stages.norm=MABM", "model.stages.norm must be one of MABN, .*got 'MABM'"),
@@ -404,7 +410,10 @@ def test_a_mistake_is_reported_in_one_line_before_anything_starts(data, tmp_path
         ("dataloader.train.total_batch_size=9", r"total_batch_size .* of workers \(2\), got 9"),
         ("dataloader.train.total_batch_size=0", r"total_batch_size .* of workers \(2\), got 0"),
         ("lr_multiplier.num_updates='${train.length}'", "train.length"),
-        ("+dataloader.train.dataset.root=/no", "^/no/FashionMNIST/raw/.* `make datasets/fashion-mnist`"),
+        (
+            "+dataloader.train.dataset.root=/no",
+            "^/no/FashionMNIST/raw/.* `make datasets/fashion-mnist`",
+        ),
     ],
 )
 def test_mistakes_in_a_config_are_named(override, message):
@@ -562,7 +571,9 @@ def test_a_checkpoint_is_the_start_of_a_detector(config, detector_config, tmp_pa
 def test_a_classifier_with_bn_is_not_taken_for_one_with_mabn(tmp_path, caplog):
     _, file, detector = classifier_and_detector(*DETECTORS[0], "bn", tmp_path)
     Checkpointer(detector).load(file, checkpointables=[])
-    assert f"{file} holds weights of another norm, such as BN, for 20 of 32 MABN layers" in caplog.text
+    assert (
+        f"{file} holds weights of another norm, such as BN, for 20 of 32 MABN layers" in caplog.text
+    )
 
 
 def test_a_lazy_config_of_a_detector_trains(tmp_path, monkeypatch):
@@ -571,7 +582,11 @@ def test_a_lazy_config_of_a_detector_trains(tmp_path, monkeypatch):
     register_shapes()
     file = tmp_path / "detector.py"
     file.write_text(DETECTOR)
-    options = ["train.max_iter=3", "train.checkpointer.period=2", f"train.output_dir={tmp_path}/out"]
+    options = [
+        "train.max_iter=3",
+        "train.checkpointer.period=2",
+        f"train.output_dir={tmp_path}/out",
+    ]
     cfg = load_lazy_config(str(file), options)
     check_lazy_config(cfg, num_workers=2, eval_only=False, resume=False)
     trainer = LazyTrainer(cfg)

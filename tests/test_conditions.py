@@ -1,14 +1,11 @@
 """The norm in the conditions of real Detectron2 training."""
+
 import copy
 import logging
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-
-import mabn_d2
 from detectron2.config import get_cfg
 from detectron2.engine import AMPTrainer
 from detectron2.modeling import build_model
@@ -16,9 +13,14 @@ from detectron2.solver import build_optimizer, get_default_optimizer_params
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import mabn_d2
 from mabn_d2.checkpoint import Checkpointer
-from mabn_d2.engine import average_norm_statistics, norm_statistics, update_norm_statistics
+from mabn_d2.engine import update_norm_statistics
 from mabn_d2.layers import CenConv2d, MABN2d
+from mabn_d2.training import average_norm_statistics, norm_statistics
 
 from .workers import run_workers
 
@@ -228,7 +230,9 @@ def test_the_keys_of_the_authors_release_load():
     theirs["buffer_gz"] = norm.psi.values.roll(1, 0)
     for prefix in ("", "backbone.bn1."):
         loaded = MABN2d(3, buffer_size=4, warmup_iters=0)
-        model = loaded if not prefix else nn.ModuleDict({"backbone": nn.ModuleDict({"bn1": loaded})})
+        model = (
+            loaded if not prefix else nn.ModuleDict({"backbone": nn.ModuleDict({"bn1": loaded})})
+        )
         model.load_state_dict({prefix + key: value.clone() for key, value in theirs.items()})
         for key, value in norm.state_dict().items():
             assert torch.equal(value, loaded.state_dict()[key]), key

@@ -1,4 +1,5 @@
 """The experiments in configs/: their files, and what a run of each of them trains."""
+
 import os
 import re
 from collections import Counter
@@ -8,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.data import DatasetCatalog, DatasetMapper
@@ -20,7 +20,7 @@ from torch import nn
 from mabn_d2 import add_mabn_config
 from mabn_d2.data import register_shapes
 from mabn_d2.engine import Trainer
-from mabn_d2.norms import DETECTRON2_NORMS, NORM_REGISTRY, check_norm_names
+from mabn_d2.plugin import DETECTRON2_NORMS, NORM_REGISTRY, check_norm_names
 
 from .models import build, build_for_inspection, random_inputs, set_keys, train_step
 
@@ -203,7 +203,11 @@ def test_training_on_one_gpu_is_that_on_eight_at_an_eighth_of_the_learning_rate(
 NORM_TYPES = {
     type(get_norm(name, 32)) for name in [*DETECTRON2_NORMS, *(name for name, _ in NORM_REGISTRY)]
 }
-NORMS_OF_A_RESNET = {18: 1 + 16 + 3, 50: 1 + 3 * 16 + 4, 101: 1 + 3 * 33 + 4}  # stem, blocks, shortcuts
+NORMS_OF_A_RESNET = {
+    18: 1 + 16 + 3,
+    50: 1 + 3 * 16 + 4,
+    101: 1 + 3 * 33 + 4,
+}  # stem, blocks, shortcuts
 
 
 def expected_norms(cfg):
@@ -235,7 +239,9 @@ def test_every_part_of_a_model_has_the_norm_that_the_config_says_and_no_other(na
             part = [part for part in expected if module_name.startswith(part)] or [module_name]
             found[part[0], type(module)] += 1
     assert found == {
-        (part, type(get_norm(norm, 32))): number for part, (norm, number) in expected.items() if norm
+        (part, type(get_norm(norm, 32))): number
+        for part, (norm, number) in expected.items()
+        if norm
     }
 
 

@@ -14,10 +14,11 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mabn_d2.data import looks as looks_module
-from mabn_d2.data import make_synthetic_coco, register_shapes, synthetic
-from mabn_d2.data.annotations import annotate, mask_to_polygons, uncompressed_rle
-from mabn_d2.data.scenes import SHAPES, Scene, Thing, coco_scene, shapes_scene
+from mabn_d2.data import make_synthetic_coco, register_shapes
+from mabn_d2.data.synthetic import looks as looks_module
+from mabn_d2.data.synthetic import make as synthetic
+from mabn_d2.data.synthetic.annotations import annotate, mask_to_polygons, uncompressed_rle
+from mabn_d2.data.synthetic.scenes import SHAPES, Scene, Thing, coco_scene, shapes_scene
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHAPE_IDS = list(range(1, len(SHAPES) + 1))
@@ -356,7 +357,7 @@ def test_coco_images_are_landscapes_and_portraits_around_the_size(coco):
 
 
 def test_every_coco_category_has_a_look_of_its_own():
-    from mabn_d2.data import scenes as module
+    from mabn_d2.data.synthetic import scenes as module
 
     pictures = []
     for category in range(80):

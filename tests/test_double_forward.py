@@ -1,4 +1,5 @@
 """What the second forward of MBN's training scheme renews, and that it changes nothing else."""
+
 import copy
 import random
 
@@ -17,10 +18,11 @@ import mabn_d2
 from mabn_d2.data import make_synthetic_coco
 from mabn_d2.engine import Trainer
 from mabn_d2.engine.hooks import DoubleForward as DoubleForwardHook
-from mabn_d2.layers import BRN2d, CenConv2d, DoubleForward, MABN2d, MBN2d
+from mabn_d2.layers import BRN2d, CenConv2d, MABN2d, MBN2d
 from mabn_d2.surgery import set_norm_batch_size
+from mabn_d2.training import DoubleForward
 
-from .models import random_inputs, set_where_present, train_step
+from .models import set_where_present, train_step
 from .test_mabn import assert_same_state, state
 from .test_training import cfg_for, train_a_worker
 from .workers import run_workers
@@ -42,7 +44,15 @@ class Observer(nn.Module):
         self.calls += 1
         self.last_size = len(x)  # an attribute that the first call makes
         self.total += 1
-        self.look((x.dtype, torch.is_grad_enabled(), random.random(), np.random.rand(), torch.rand(()).item()))
+        self.look(
+            (
+                x.dtype,
+                torch.is_grad_enabled(),
+                random.random(),
+                np.random.rand(),
+                torch.rand(()).item(),
+            )
+        )
         return x
 
     def __deepcopy__(self, memo):
@@ -61,7 +71,9 @@ def network(seen=None):
 
 
 def batch(seed, images=2):
-    return torch.randn(images, 3, 7, 7, generator=torch.Generator().manual_seed(seed)) * (1 + seed % 3)
+    return torch.randn(images, 3, 7, 7, generator=torch.Generator().manual_seed(seed)) * (
+        1 + seed % 3
+    )
 
 
 def sgd(model):
@@ -87,7 +99,9 @@ def memory_state(model):
     norms = {name: m for name, m in model.named_modules() if isinstance(m, MBN2d)}
     assert norms
     return {
-        f"{name}.{key}": value.clone() for name, norm in norms.items() for key, value in norm.named_buffers()
+        f"{name}.{key}": value.clone()
+        for name, norm in norms.items()
+        for key, value in norm.named_buffers()
     }
 
 
@@ -97,7 +111,11 @@ def other_state(model):
 
 
 def random_states():
-    return [torch.get_rng_state().tolist(), random.getstate(), [str(s) for s in np.random.get_state()]]
+    return [
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        [str(s) for s in np.random.get_state()],
+    ]
 
 
 def entries(norm):
@@ -107,7 +125,9 @@ def entries(norm):
 
 
 def test_the_newest_entry_is_of_the_weights_after_the_step_and_older_ones_stay():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), MBN2d(4, **MBN), nn.ReLU(), nn.Conv2d(4, 4, 3), MBN2d(4, **MBN))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), MBN2d(4, **MBN), nn.ReLU(), nn.Conv2d(4, 4, 3), MBN2d(4, **MBN)
+    )
     optimizer, double_forward = sgd(model), DoubleForward(model)
     conv, first, last = model[0], model[1], model[-1]
     for step in range(7):
@@ -220,7 +240,7 @@ def test_the_second_forward_draws_the_random_numbers_of_the_first():
     dropout = next(m for m in model if isinstance(m, nn.Dropout))
     dropout.register_forward_hook(lambda module, args, y: masks.append((y == 0) & (args[0] != 0)))
     optimizer, double_forward = sgd(model), DoubleForward(model)
-    for step in range(3):
+    for _ in range(3):
         seen.clear(), masks.clear()
         train(model, optimizer, 0, 1)
         torch.rand(3), random.random(), np.random.rand()  # what others draw meanwhile
@@ -402,7 +422,10 @@ def train_with_ddp():
     optimizer, double_forward = sgd(net), DoubleForward(model)
     pairs = []
     for step in range(4):
-        before, x = memory_state(model), batch(10 * rank + step, 1 + rank if step != 2 else 1 - rank)
+        before, x = (
+            memory_state(model),
+            batch(10 * rank + step, 1 + rank if step != 2 else 1 - rank),
+        )
         optimizer.zero_grad()
         torch.manual_seed(step)
         loss_of(net(x)).backward()
@@ -437,7 +460,7 @@ def test_a_detector_with_a_moving_average_in_an_attribute_keeps_it():
     model = retinanet()
     double_forward = DoubleForward(model)
     optimizer = torch.optim.SGD(model.parameters(), 1e-4)
-    for step in range(2):
+    for _ in range(2):
         train_step(model)
         optimizer.step()
         normalizer, before = model.loss_normalizer, other_state(model)
@@ -448,7 +471,9 @@ def test_a_detector_with_a_moving_average_in_an_attribute_keeps_it():
         assert_same_state(before, other_state(model))
         now = memory_state(model)
         assert all(torch.equal(now[key], stale[key]) for key in now if key.endswith("count"))
-        moved = [not torch.equal(now[key], stale[key]) for key in now if key.endswith("memory.values")]
+        moved = [
+            not torch.equal(now[key], stale[key]) for key in now if key.endswith("memory.values")
+        ]
         assert all(moved) and len(moved) > 30  # also those of each feature level in the head
 
 
@@ -518,7 +543,9 @@ def test_a_memory_of_one_batch_trains_to_the_bit_the_same_with_and_without_it(sh
 def test_every_scalar_is_in_the_event_storage_once_per_iteration(uninterrupted):
     trainer, _ = uninterrupted
     histories = trainer.storage.histories()
-    assert {"total_loss", "loss_mask", "roi_head/num_fg_samples", "rpn/num_pos_anchors"} <= set(histories)
+    assert {"total_loss", "loss_mask", "roi_head/num_fg_samples", "rpn/num_pos_anchors"} <= set(
+        histories
+    )
     for name, history in histories.items():
         iterations = [iteration for _, iteration in history.values()]
         assert len(iterations) == len(set(iterations)), name

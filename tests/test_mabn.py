@@ -1,4 +1,5 @@
 """What the MABN layer computes and what it keeps."""
+
 import copy
 import pickle
 from pathlib import Path
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from mabn_d2.layers import MABN2d, follow_grad_scaler
+from mabn_d2.layers import MABN2d
+from mabn_d2.training import follow_grad_scaler
 
 from .reference import ReferenceMABN
 
@@ -418,7 +420,7 @@ def test_a_wrong_input_is_refused_with_its_shape(shape):
     ],
 )  # fmt: skip
 def test_an_option_out_of_its_range_is_refused_by_name(options):
-    (name, value), = options.items()
+    ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name} must be .* got {value}"):
         MABN2d(**{"num_features": 3, **options})
 
@@ -439,6 +441,6 @@ def test_nothing_in_a_training_step_reads_a_value_back_from_the_device(amp):
 
 def test_differentiating_twice_is_refused():
     norm, x = random_norm(3), torch.randn(2, 3, 4, 4, requires_grad=True)
-    grad, = torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(norm(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

@@ -1,4 +1,5 @@
 """What Memorized Batch Normalization computes and what it remembers."""
+
 import copy
 import pickle
 
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mabn_d2.config import norm_options
-from mabn_d2.engine import average_norm_statistics, update_norm_statistics
+from mabn_d2.engine import update_norm_statistics
 from mabn_d2.layers import MBN2d
+from mabn_d2.plugin import norm_options
+from mabn_d2.training import average_norm_statistics
 
 from .reference import ReferenceMBN
 from .test_conditions import decays, small_cfg, statistics
@@ -142,7 +144,9 @@ def test_with_a_memory_of_one_batch_it_is_bn_forward_and_backward(dtype):
         for actual, expected in zip(train(norm, x, d), train(bn, x, d)):
             torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
         for actual, expected in zip(norm.parameters(), bn.parameters()):
-            torch.testing.assert_close(actual.grad, expected.grad, rtol=tolerance, atol=tolerance * 10)
+            torch.testing.assert_close(
+                actual.grad, expected.grad, rtol=tolerance, atol=tolerance * 10
+            )
     # Running statistics are the memory, not BN's average over time.
     torch.testing.assert_close(norm.running_mean, x.mean((0, 2, 3)))
     torch.testing.assert_close(norm.running_var, x.var((0, 2, 3), correction=0))
@@ -166,7 +170,9 @@ def effective_weights(norm):
     return weights
 
 
-@pytest.mark.parametrize("options", [OPTIONS, {}, dict(memory_size=1), dict(decay=1e-6, memory_size=60)])
+@pytest.mark.parametrize(
+    "options", [OPTIONS, {}, dict(memory_size=1), dict(decay=1e-6, memory_size=60)]
+)
 def test_the_weights_sum_to_one_and_the_newest_has_the_current_weight(options):
     norm = MBN2d(1, **options).double()
     size = norm.memory.size
@@ -188,7 +194,9 @@ def plain_formula(norm, x, weight, bias):
     current = norm.current_weight if older else 1.0
     w = torch.cat([w.new_full((1,), current), (1 - current) * w / w.sum()])
     means = torch.stack([x.mean((0, 2, 3)), *(entry[0].clone() for entry in older)])
-    variances = torch.stack([x.var((0, 2, 3), correction=0), *(entry[1].clone() for entry in older)])
+    variances = torch.stack(
+        [x.var((0, 2, 3), correction=0), *(entry[1].clone() for entry in older)]
+    )
     mean = w @ means
     var = w @ (variances + (means - mean).square())
     z = (x - mean[:, None, None]) / (var + norm.eps).sqrt()[:, None, None]
@@ -407,7 +415,9 @@ def test_the_layer_survives_deepcopy_and_pickle():
 
 @pytest.mark.parametrize("with_bn", [False, True])
 def test_precise_statistics_are_the_moments_of_the_population_and_leave_the_memory(with_bn):
-    model = nn.Sequential(random_norm(**OPTIONS), *([nn.BatchNorm2d(3).double()] if with_bn else []))
+    model = nn.Sequential(
+        random_norm(**OPTIONS), *([nn.BatchNorm2d(3).double()] if with_bn else [])
+    )
     norm = model[0]
     for step in range(7):
         model(random_batch(step)[0]).sum().backward()

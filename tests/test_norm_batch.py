@@ -1,4 +1,5 @@
 """Normalization batches: a norm that sees its input as groups of images in turn."""
+
 import copy
 
 import pytest
@@ -11,8 +12,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from mabn_d2.config import norm_options
 from mabn_d2.layers import BRN2d, CenConv2d, GhostBatchNorm2d, MABN2d, MBN2d, Norm2d
+from mabn_d2.plugin import norm_options
 from mabn_d2.surgery import set_norm_batch_size
 
 from .models import train_step
@@ -23,7 +24,13 @@ from .test_mabn import DTYPES, FORMATS, as_layout, assert_same_state, state
 NORMS = {
     "BN": lambda c, **options: nn.BatchNorm2d(c, momentum=0.3, **options),
     "MABN": lambda c, **options: MABN2d(
-        c, momentum=0.3, buffer_size=3, warmup_iters=4, renorm_clip=1.2, renorm_start_iter=6, **options
+        c,
+        momentum=0.3,
+        buffer_size=3,
+        warmup_iters=4,
+        renorm_clip=1.2,
+        renorm_start_iter=6,
+        **options,
     ),
     "BRN": lambda c, **options: BRN2d(
         c, momentum=0.3, r_max=1.5, r_max_iters=(3, 9), d_max=0.5, d_max_iters=(2, 7), **options
@@ -154,19 +161,25 @@ def test_any_input_gives_what_the_groups_in_turn_give_in_float64(
         x, d = x.double(), d.double()
         expected_y, expected_grad_x, *expected_grads = train_in_turn(twin, x, d, size)
         # The output is the difference of numbers of the size of |x|·scale; and so is the gradient.
-        lowest = min([lowest, *(g.var((0, 2, 3), correction=0).min().item() for g in x.split(size))])
+        lowest = min(
+            [lowest, *(g.var((0, 2, 3), correction=0).min().item() for g in x.split(size))]
+        )
         scale = 3 / (lowest + twin.eps) ** 0.5  # of γ·r / σ
         size_x = scale * max(1.0, x.abs().max().item())
         size_d = scale * max(1.0, size_x)
         torch.testing.assert_close(y.double(), expected_y, rtol=0, atol=tolerance * size_x)
-        torch.testing.assert_close(grad_x.double(), expected_grad_x, rtol=0, atol=tolerance * size_d)
+        torch.testing.assert_close(
+            grad_x.double(), expected_grad_x, rtol=0, atol=tolerance * size_d
+        )
         for a, b in zip(grads, expected_grads):
             torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * size_x * d.numel())
         for key, value in twin.state_dict().items():
             # ψ alone is of what the output's type rounds.
             rounding = max(1e-5, tolerance * (key == "psi.values"))
             bound = (1e-10 if dtype == torch.float64 else rounding * size_x) * max(1, size_x)
-            torch.testing.assert_close(norm.state_dict()[key].double(), value.double(), rtol=0, atol=bound)
+            torch.testing.assert_close(
+                norm.state_dict()[key].double(), value.double(), rtol=0, atol=bound
+            )
 
 
 @norms
@@ -222,7 +235,10 @@ def test_a_group_that_is_not_finite_leaves_no_trace_while_the_others_do(name, va
         for key, expected in good_only.state_dict().items():
             # A BN counts all batches. MABN's running statistic moves on towards the moving average,
             # and ψ is of an output that was pulled towards it.
-            if key != "num_batches_tracked" and (name, key) not in [("MABN", "running_var"), ("MABN", "psi.values")]:
+            if key != "num_batches_tracked" and (name, key) not in [
+                ("MABN", "running_var"),
+                ("MABN", "psi.values"),
+            ]:
                 torch.testing.assert_close(norm.state_dict()[key], expected, rtol=1e-10, atol=1e-10)
 
 

@@ -1,4 +1,5 @@
 """The package as it is imported and installed."""
+
 import subprocess
 import sys
 from pathlib import Path

@@ -9,14 +9,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from pycocotools.coco import COCO
-
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from pycocotools.coco import COCO
 
-from mabn_d2 import add_mabn_config
+from mabn_d2 import add_mabn_config, report
 from mabn_d2.data import make_synthetic_coco, register_shapes
-from mabn_d2.engine import report
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -278,7 +276,7 @@ def test_description_of_models():
 def test_tool(run, dataset):
     tool = str(REPOSITORY / "tools/report.py")
     code = (
-        "import sys, runpy, mabn_d2.engine.report; assert 'matplotlib' not in sys.modules;"
+        "import sys, runpy, mabn_d2.report; assert 'matplotlib' not in sys.modules;"
         f"sys.argv = ['report.py', {str(run)!r}, '--images', '1'];"
         f"main = runpy.run_path({tool!r})['main']; assert main() == 0;"
         "assert 'matplotlib.pyplot' not in sys.modules"

@@ -1,4 +1,5 @@
 """Training and evaluation from the command line, with real processes."""
+
 import json
 import os
 import signal
@@ -9,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from detectron2.config import get_cfg
+
 from mabn_d2 import add_mabn_config
 from mabn_d2.data import make_synthetic_coco, register_shapes
 from mabn_d2.engine import Trainer
-from mabn_d2.engine.hooks import norm_statistics
+from mabn_d2.training import norm_statistics
 
 from .workers import run_workers
 
@@ -186,7 +187,9 @@ def test_a_run_without_a_fixed_seed_resumes_with_the_seed_it_drew(shapes, tmp_pa
 def test_evaluation_alone_prints_the_table_of_the_checkpoint(uninterrupted, shapes, tmp_path):
     output, printed = uninterrupted
     done = train(shapes, tmp_path, "--eval-only", "MODEL.WEIGHTS", output / "model_final.pth")
-    table = [line.split("copypaste: ")[1] for line in done.stdout.splitlines() if "copypaste" in line]
+    table = [
+        line.split("copypaste: ")[1] for line in done.stdout.splitlines() if "copypaste" in line
+    ]
     assert table == [l.split("copypaste: ")[1] for l in printed.splitlines() if "copypaste" in l]
     assert len(table) == 6
 

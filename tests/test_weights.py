@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-from mabn_d2 import MABN2d, add_mabn_config, centralize, weights
+from mabn_d2 import MABN2d, add_mabn_config, centralize
+from mabn_d2 import checkpoint as weights
 from mabn_d2.checkpoint import Checkpointer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -197,7 +197,9 @@ def test_release_classifier_norms_with_grouped_statistics():
     ours.load_state_dict({k[len(prefix) :]: v for k, v in converted.items() if prefix in k})
     assert ours.psi.count == 300 * 16 and torch.equal(ours.psi.values, norm["pre_gz"])
     newest = torch.rand(4)
-    average = ours.second_moment(newest[None])[0]  # takes the place of the oldest, as the release's window
+    average = ours.second_moment(newest[None])[
+        0
+    ]  # takes the place of the oldest, as the release's window
     assert torch.allclose(average, (norm["pre_x2"][1:].sum(0) + newest) / 16)
 
 

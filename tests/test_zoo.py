@@ -2,6 +2,7 @@
 The norm "MABN" in Detectron2's own architectures: each config of its model zoo, its projects, and
 backbones that no config of the zoo uses.
 """
+
 import importlib.util
 import inspect
 import json
@@ -43,9 +44,17 @@ import mabn_d2
 from mabn_d2 import CenConv2d, MABN2d, add_mabn_config
 from mabn_d2.data import make_synthetic_coco
 from mabn_d2.layers import CentralizedKernel
-from mabn_d2.norms import DETECTRON2_NORMS
+from mabn_d2.plugin import DETECTRON2_NORMS
 
-from .models import SIZE, build, build_for_inspection, items, set_keys, set_where_present, train_step
+from .models import (
+    SIZE,
+    build,
+    build_for_inspection,
+    items,
+    set_keys,
+    set_where_present,
+    train_step,
+)
 
 OTHER_NORMS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm2d, nn.GroupNorm, LayerNorm)
 

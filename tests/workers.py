@@ -1,11 +1,11 @@
 """Runs a function in several real worker processes on the CPU (gloo)."""
+
 import functools
 import os
 import sys
 from pathlib import Path
 
 import torch
-
 from detectron2.engine import launch
 from detectron2.utils import comm
 

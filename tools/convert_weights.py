@@ -4,19 +4,20 @@ Converts weights of other code bases into a file that Detectron2 loads.
 
 Prints what matched, what was left over, and the lines of a config that go with the weights.
 """
+
 import argparse
 import sys
 
-from mabn_d2.weights import (
+from mabn_d2.checkpoint import (
     SOURCES,
     check_destination,
     config_lines,
     describe,
-    load_config,
     load_weights,
     match_model,
     save_weights,
 )
+from mabn_d2.plugin import load_config
 
 
 def parse_arguments() -> argparse.Namespace:

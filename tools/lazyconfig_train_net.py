@@ -5,10 +5,10 @@ Trains and evaluates models that a LazyConfig describes: classifiers and detecto
 Takes the options of Detectron2's own `tools/lazyconfig_train_net.py`. On a machine without a GPU,
 `--num-gpus N` starts N workers on the CPU.
 """
+
 import sys
 
 import torch
-
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger

@@ -5,12 +5,13 @@ Draws what a training run has learned: curves of its losses and AP, and detectio
 Writes curves.png and predictions.png into the run's output folder and prints the AP of its last
 evaluation.
 """
+
 import argparse
 import os
 import sys
 
 from mabn_d2.data import register_shapes
-from mabn_d2.engine.report import METRICS, ap_table, draw_predictions, plot_curves
+from mabn_d2.report import METRICS, ap_table, draw_predictions, plot_curves
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -5,10 +5,10 @@ Trains and evaluates detection models with the norms of this package.
 Takes the options of Detectron2's own `tools/train_net.py`. On a machine without a GPU,
 `--num-gpus N` starts N workers on the CPU.
 """
+
 import sys
 
 import torch
-
 from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
@@ -17,11 +17,10 @@ from detectron2.utils.logger import setup_logger
 
 from mabn_d2 import add_mabn_config
 from mabn_d2.checkpoint import Checkpointer
-from mabn_d2.config import norm_options
 from mabn_d2.data import register_shapes
 from mabn_d2.engine import Trainer
-from mabn_d2.engine.files import check_dataset, check_weights
-from mabn_d2.norms import check_norm_names
+from mabn_d2.engine.preflight import check_dataset, check_weights
+from mabn_d2.plugin import check_norm_names, norm_options
 
 
 def setup(args):

@@ -4,12 +4,13 @@ one worker's 32 images per iteration, one epoch, and an LR that is 8 times small
 
 The backbone and the pixels are those of ../quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn.yaml.
 """
-from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
 from detectron2.config import LazyCall as L
-from mabn_d2.data.classification import FashionMNIST
+from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
-from ..ImageNet.common import GROUPS, dataloader, lr_multiplier, model, optimizer, per_group, train
+from mabn_d2.classification.data import FashionMNIST
+
+from ..ImageNet.common import dataloader, model, optimizer, train
 
 del model.stages.stride_in_1x1  # ResNet-18 has no 1x1 convolutions to put it in
 model.stages.depth = 18

@@ -1,3 +1,3 @@
-from .common import dataloader, lr_multiplier, model, optimizer, train
+from .common import train
 
 train.output_dir = "./output/fashion_mnist_resnet18_bn"

@@ -4,18 +4,25 @@ images, 600k iterations, no warm-up.
 
 A file that imports this one states which norm it uses, and on how many images at a time.
 """
-from fvcore.common.param_scheduler import MultiStepParamScheduler
-from omegaconf import OmegaConf
-from torch.optim import SGD
-from torchvision.transforms import CenterCrop, Compose, RandomHorizontalFlip, RandomResizedCrop, Resize
 
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.modeling import ResNet
 from detectron2.modeling.backbone import BasicStem
 from detectron2.solver.build import get_default_optimizer_params
+from fvcore.common.param_scheduler import MultiStepParamScheduler
+from omegaconf import OmegaConf
+from torch.optim import SGD
+from torchvision.transforms import (
+    CenterCrop,
+    Compose,
+    RandomHorizontalFlip,
+    RandomResizedCrop,
+    Resize,
+)
+
 from mabn_d2.classification import AccuracyEvaluator, Classifier
-from mabn_d2.data.classification import (
+from mabn_d2.classification.data import (
     ClassificationTrainLoader,
     ImageNet,
     build_classification_test_loader,
@@ -47,7 +54,9 @@ dataloader = OmegaConf.create()
 dataloader.train = L(ClassificationTrainLoader)(
     dataset=L(ImageNet)(
         split="train",
-        transform=L(Compose)(transforms=[L(RandomResizedCrop)(size=224), L(RandomHorizontalFlip)()]),
+        transform=L(Compose)(
+            transforms=[L(RandomResizedCrop)(size=224), L(RandomHorizontalFlip)()]
+        ),
     ),
     total_batch_size=256,
     num_workers=8,

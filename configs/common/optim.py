@@ -1,4 +1,5 @@
 """SGD as in the authors' release: all but the biases decay, and biases learn twice as fast."""
+
 from detectron2 import model_zoo
 
 SGD = model_zoo.get_config("common/optim.py").SGD

@@ -1,5 +1,6 @@
 """Synthetic COCO-format data sets, for training and testing without a download."""
 
+from ..utils import needs_detectron2  # noqa: F401
 from .catalog import register_shapes
 from .synthetic import make_synthetic_coco
 

@@ -1,12 +1,11 @@
 """Registration of the synthetic shapes with Detectron2."""
 
 import os
-from typing import Optional
 
-from .scenes import SHAPES
+from .synthetic.scenes import SHAPES
 
 
-def register_shapes(root: Optional[str] = None) -> None:
+def register_shapes(root: str | None = None) -> None:
     """Registers `shapes_train` and `shapes_val` with Detectron2's catalogs.
 
     Nothing is read before a data set is used. Registering the same root again does nothing;

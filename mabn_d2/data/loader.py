@@ -1,41 +1,20 @@
 """A training data loader that can start at any iteration and gives the same batches there."""
 
-import contextlib
 import itertools
 import logging
-import random
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
-
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList
 from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
 from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..utils.random import seed_from, temporary_seed
 
 logger = logging.getLogger(__name__)
-
-
-def seed_from(*numbers: int) -> int:
-    """A seed in [0, 2**32) that depends on all of the numbers."""
-    return int(np.random.SeedSequence([int(n) % 2**32 for n in numbers]).generate_state(1)[0])
-
-
-@contextlib.contextmanager
-def temporary_seed(seed: int):
-    """Seeds Python's, numpy's and PyTorch's CPU generator, and puts them back at the end."""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
 
 
 class _Batches(Sampler):
@@ -46,13 +25,13 @@ class _Batches(Sampler):
     `AspectRatioGroupedDataset` does, but before anything is loaded, so that skipping is cheap.
     """
 
-    def __init__(self, sampler, is_landscape: List[bool], batch_size: int, start_iter: int):
+    def __init__(self, sampler, is_landscape: list[bool], batch_size: int, start_iter: int):
         self.sampler = sampler
         self.is_landscape = is_landscape
         self.batch_size = batch_size
         self.start_iter = start_iter
 
-    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         return itertools.islice(self._from_first(), self.start_iter, None)
 
     def _from_first(self):
@@ -73,7 +52,7 @@ class _SeededSamples(Dataset):
     before. As with Detectron2's `MapDataset`, a mapper that returns None gets another sample.
     """
 
-    def __init__(self, dicts: List[Dict[str, Any]], mapper: Callable, seed: int):
+    def __init__(self, dicts: list[dict[str, Any]], mapper: Callable, seed: int):
         self.dicts = DatasetFromList(dicts, copy=False)
         self.mapper = mapper
         self.seed = seed
@@ -81,7 +60,7 @@ class _SeededSamples(Dataset):
     def __len__(self):
         return len(self.dicts)
 
-    def __getitem__(self, draw_and_index: Tuple[int, int]):
+    def __getitem__(self, draw_and_index: tuple[int, int]):
         draw, index = draw_and_index
         with temporary_seed(seed_from(self.seed, comm.get_rank(), draw)):
             for _ in range(1000):
@@ -101,7 +80,7 @@ class TrainLoader:
         start_iter: the iteration whose batch comes first. Both take effect at the next `iter()`.
     """
 
-    def __init__(self, cfg: CfgNode, mapper: Optional[Callable] = None):
+    def __init__(self, cfg: CfgNode, mapper: Callable | None = None):
         """
         Args:
             cfg: config; the keys of `DATASETS`, `DATALOADER`, `INPUT` and `SOLVER.IMS_PER_BATCH`
@@ -129,7 +108,7 @@ class TrainLoader:
             grouping and d.get("width", 0) > d.get("height", 0) for d in self.dicts
         ]
 
-    def __iter__(self) -> Iterator[List[Any]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.SEED = self.seed
@@ -148,6 +127,6 @@ class TrainLoader:
             )
 
 
-def build_train_loader(cfg: CfgNode, mapper: Optional[Callable] = None) -> TrainLoader:
+def build_train_loader(cfg: CfgNode, mapper: Callable | None = None) -> TrainLoader:
     """The counterpart of `detectron2.data.build_detection_train_loader`, exactly resumable."""
     return TrainLoader(cfg, mapper)

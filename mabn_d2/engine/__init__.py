@@ -1,12 +1,9 @@
 """The trainers and their hooks."""
-from .hooks import (
-    PreciseStatistics,
-    SyncNormStatistics,
-    average_norm_statistics,
-    norm_statistics,
-    update_norm_statistics,
-)
-from .lazy import LazyTrainer, check_lazy_config, load_lazy_config
+
+from ..utils import needs_detectron2  # noqa: F401
+from .hooks import PreciseStatistics, SyncNormStatistics, update_norm_statistics
+from .lazy import LazyTrainer, load_lazy_config
+from .preflight import check_lazy_config
 from .trainer import Trainer
 
 __all__ = [
@@ -14,9 +11,7 @@ __all__ = [
     "PreciseStatistics",
     "SyncNormStatistics",
     "Trainer",
-    "average_norm_statistics",
     "check_lazy_config",
     "load_lazy_config",
-    "norm_statistics",
     "update_norm_statistics",
 ]

@@ -1,56 +1,18 @@
 """Hooks for Detectron2's training loop."""
+
 import itertools
 import os
-from typing import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
-import torch.distributed as dist
-from torch import nn
-
 from detectron2.engine import HookBase
-from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
+from torch import nn
 
-from .. import layers
+from .. import training
 from ..checkpoint import Checkpointer
-from ..layers import Norm2d, population_statistics
-
-_NORMS_WITH_STATISTICS = (Norm2d, nn.modules.batchnorm._BatchNorm)
-
-
-def norm_statistics(model: nn.Module) -> Iterator[torch.Tensor]:
-    """The statistics that norms gather in training, as the tensors of the model itself."""
-    for module in model.modules():
-        if isinstance(module, _NORMS_WITH_STATISTICS):
-            yield from module.buffers()
-
-
-@torch.no_grad()
-def average_norm_statistics(model: nn.Module) -> None:
-    """
-    Replaces the statistics of all norms by their mean over all workers, in place.
-
-    Every worker calls this; afterwards the statistics agree to the bit. Counts of recorded batches,
-    which differ where a worker had an empty input, become the smallest of all workers, so that no
-    worker takes an entry of a moving average for recorded that another worker lacks.
-    """
-    world_size = comm.get_world_size()
-    statistics = list(norm_statistics(model))
-    if world_size == 1 or not statistics:
-        return
-    values = [s for s in statistics if s.is_floating_point()]
-    counts = [s for s in statistics if not s.is_floating_point()]
-    for tensors, reduction, dtype in [
-        (values, dist.ReduceOp.SUM, torch.float64),
-        (counts, dist.ReduceOp.MIN, torch.int64),
-    ]:
-        flat = torch.cat([t.reshape(-1).to(dtype) for t in tensors])
-        dist.all_reduce(flat, reduction)
-        if reduction == dist.ReduceOp.SUM:
-            flat /= world_size
-        for tensor, reduced in zip(tensors, flat.split([t.numel() for t in tensors])):
-            tensor.copy_(reduced.view_as(tensor))
+from ..training import average_norm_statistics, population_statistics
 
 
 @torch.no_grad()
@@ -138,7 +100,7 @@ class FinalCheckpoint(HookBase):
 
 class DoubleForward(HookBase):
     """
-    :class:`mabn_d2.layers.DoubleForward` after each step of the optimizer.
+    :class:`mabn_d2.training.DoubleForward` after each step of the optimizer.
 
     Belongs in front of all other hooks: what they measure, average or save contains its result.
     """
@@ -147,7 +109,7 @@ class DoubleForward(HookBase):
         model = self.trainer.model
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
-        self._double_forward = layers.DoubleForward(model)
+        self._double_forward = training.DoubleForward(model)
 
     def after_step(self):
         with EventStorage(self.trainer.iter):  # what the model logs again is nobody's

@@ -1,25 +1,21 @@
-"""The trainer for LazyConfigs, and what is checked in a config before any worker starts."""
+"""The trainer for LazyConfigs."""
+
 import difflib
 import logging
-from typing import Any, Dict, Iterator, List, Tuple, Union
+from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from torch import nn
-
 from detectron2.config import LazyConfig, instantiate
-from detectron2.data import get_detection_dataset_dicts
 from detectron2.engine import TrainerBase, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.registry import locate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
-from ..norms import check_norm_name
-from .files import check_dataset, check_weights
 from .hooks import DoubleForward, FinalCheckpoint, SyncNormStatistics
+from .preflight import items
 from .resumable import ResumableTrainer
 
 _PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
@@ -30,10 +26,7 @@ _DEFAULTS = {
 }
 
 
-# ---- configs -------------------------------------------------------------------------------------
-
-
-def load_lazy_config(file: str, overrides: List[str]) -> DictConfig:
+def load_lazy_config(file: str, overrides: list[str]) -> DictConfig:
     """
     A LazyConfig with the overrides of a command line.
 
@@ -54,7 +47,7 @@ def load_lazy_config(file: str, overrides: List[str]) -> DictConfig:
         raise ValueError(f"{file} does not define {', '.join(missing)}")
     for key, value in _DEFAULTS.items():
         cfg.train.setdefault(key, value)
-    keys = [key for key, _ in _items(OmegaConf.to_container(cfg))]
+    keys = [key for key, _ in items(OmegaConf.to_container(cfg))]
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals:
@@ -70,58 +63,6 @@ def load_lazy_config(file: str, overrides: List[str]) -> DictConfig:
     if not torch.cuda.is_available():
         cfg.train.device = "cpu"
     return cfg
-
-
-def check_lazy_config(cfg: DictConfig, num_workers: int, eval_only: bool, resume: bool) -> None:
-    """
-    Finds the mistakes that can be found without building anything.
-
-    Raises:
-        ValueError: a norm is unknown, a data set is not registered, weights do not exist, the batch
-            cannot be divided among the workers, or an interpolation is wrong.
-        FileNotFoundError: a data set is not where it should be.
-    """
-    try:
-        items = list(_items(OmegaConf.to_container(cfg, resolve=True)))
-    except OmegaConfBaseException as e:
-        raise ValueError(str(e).splitlines()[0]) from e
-    for key, value in items:
-        if key.endswith("norm") and isinstance(value, str):
-            check_norm_name(value, key)
-        if isinstance(value, dict) and "_target_" in value:
-            if not (eval_only and key.startswith("dataloader.train.")):
-                _check_call(key, value)
-    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
-    if not eval_only and batch is not None and (batch < 1 or batch % num_workers):
-        raise ValueError(
-            "dataloader.train.total_batch_size must be a positive multiple of the number of workers "
-            f"({num_workers}), got {batch}"
-        )
-    if not resume:
-        check_weights(cfg.train.init_checkpoint, "train.init_checkpoint")
-
-
-def _items(node: Union[Dict, List], prefix: str = "") -> Iterator[Tuple[str, Any]]:
-    """All keys of nested containers in dotted form, with their values."""
-    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-        yield f"{prefix}{key}", value
-        if isinstance(value, (dict, list)):
-            yield from _items(value, f"{prefix}{key}.")
-
-
-def _check_call(key: str, call: Dict[str, Any]) -> None:
-    """Finds a missing data set, if the call makes one."""
-    target = call["_target_"]
-    target = locate(target) if isinstance(target, str) else target
-    if target is get_detection_dataset_dicts:
-        names = call["names"]
-        for name in [names] if isinstance(names, str) else names:
-            check_dataset(name, f"{key}.names")
-    elif hasattr(target, "check_files"):
-        target.check_files(call["split"], call.get("root"))
-
-
-# ---- training ------------------------------------------------------------------------------------
 
 
 class LazyTrainer(ResumableTrainer):
@@ -172,7 +113,7 @@ class LazyTrainer(ResumableTrainer):
         logging.getLogger(__name__).info("Model:\n%s", model)
         return model
 
-    def build_hooks(self) -> List[hooks.HookBase]:
+    def build_hooks(self) -> list[hooks.HookBase]:
         """The hooks in the order in which they run after each iteration."""
         options = self.cfg.train
         is_main = comm.is_main_process()
@@ -200,7 +141,7 @@ class LazyTrainer(ResumableTrainer):
         TrainerBase.train(self, self.start_iter, self.max_iter)
 
     @classmethod
-    def test(cls, cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
+    def test(cls, cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
         """
         Evaluates a model on `dataloader.test` and prints the results.
 

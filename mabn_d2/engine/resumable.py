@@ -1,18 +1,18 @@
 """What the trainers for yacs configs and for LazyConfigs have in common."""
+
 import random
 import weakref
-from typing import Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch import nn
-
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
+from torch import nn
 
 from ..checkpoint import Checkpointer
-from ..data.loader import seed_from
+from ..utils.random import seed_from
 
 
 class ResumableTrainer(DefaultTrainer):

@@ -1,9 +1,9 @@
 """Detectron2's trainer with what few-image training of MABN needs."""
+
 import logging
 import os
 
 import torch
-
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import hooks
@@ -19,8 +19,9 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 
-from ..data.loader import TrainLoader, build_train_loader, seed_from
+from ..data.loader import TrainLoader, build_train_loader
 from ..layers import MABN2d, MBN2d
+from ..utils.random import seed_from
 from .hooks import DoubleForward, FinalCheckpoint, PreciseStatistics, SyncNormStatistics
 from .resumable import ResumableTrainer
 

@@ -1,11 +1,12 @@
 """Batch Normalization over normalization batches, and what norms with its statistics share."""
-from typing import NamedTuple, Optional
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .functional import add_affine_, channel_mean_var
+from ..ops import add_affine_, channel_mean_var
 from .moving_average import exponential_average
 from .norm import Norm2d
 from .norm_batch import NormBatches
@@ -71,9 +72,9 @@ class Normalization(NamedTuple):
 
     mean: torch.Tensor
     var: torch.Tensor
-    share: Optional[torch.Tensor] = None  # (G, 1): the batch's share of mean and var; None is 1
-    r: Optional[torch.Tensor] = None  # None is 1
-    d: Optional[torch.Tensor] = None  # None is 0
+    share: torch.Tensor | None = None  # (G, 1): the batch's share of mean and var; None is 1
+    r: torch.Tensor | None = None  # None is 1
+    d: torch.Tensor | None = None  # None is 0
 
 
 class BatchStatisticsNorm2d(Norm2d, nn.BatchNorm2d):
@@ -89,7 +90,9 @@ class BatchStatisticsNorm2d(Norm2d, nn.BatchNorm2d):
             dtype = self.running_var.dtype
             mean, var = channel_mean_var(batches.split(x), dtype)
             counts = batches.counts(var)
-            if batches.num > 1:  # from those of each image's planes to those of its normalization batch
+            if (
+                batches.num > 1
+            ):  # from those of each image's planes to those of its normalization batch
                 area = x.shape[2] * x.shape[3]
                 deviation = mean
                 mean = batches.total(mean * area) / counts

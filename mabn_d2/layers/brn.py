@@ -4,7 +4,6 @@ Batch Renormalization.
 Paper: Batch Renormalization: Towards Reducing Minibatch Dependence in Batch-Normalized Models,
 Ioffe 2017, https://arxiv.org/abs/1702.03275
 """
-from typing import Tuple
 
 import torch
 
@@ -34,9 +33,9 @@ class BRN2d(BatchStatisticsNorm2d):
         eps: float = 1e-5,
         momentum: float = 0.01,
         r_max: float = 3.0,
-        r_max_iters: Tuple[int, int] = (5000, 40000),
+        r_max_iters: tuple[int, int] = (5000, 40000),
         d_max: float = 5.0,
-        d_max_iters: Tuple[int, int] = (5000, 25000),
+        d_max_iters: tuple[int, int] = (5000, 25000),
         affine: bool = True,
         device=None,
         dtype=None,
@@ -85,7 +84,7 @@ class BRN2d(BatchStatisticsNorm2d):
         )
 
 
-def _grow(first: float, last: float, between: Tuple[int, int], iters: torch.Tensor) -> torch.Tensor:
+def _grow(first: float, last: float, between: tuple[int, int], iters: torch.Tensor) -> torch.Tensor:
     """A value that grows linearly between two iterations, at each of `iters`."""
     start, end = between
     progress = ((iters - start).double() / max(end - start, 1)).clamp(0, 1)

@@ -8,7 +8,8 @@ Paper: Towards Stabilizing Batch Statistics in Backward Propagation of Batch Nor
 ICLR 2020, section 4.3, https://arxiv.org/abs/2001.06838
 Authors' release: https://github.com/megvii-model/MABN (`CenConv2d`)
 """
-from typing import Callable, Optional
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -45,8 +46,8 @@ class CenConv2d(nn.Conv2d):
     def __init__(
         self,
         *args,
-        norm: Optional[nn.Module] = None,
-        activation: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
+        norm: nn.Module | None = None,
+        activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **kwargs,
     ):
         """

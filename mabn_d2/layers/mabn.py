@@ -5,13 +5,12 @@ Paper: Towards Stabilizing Batch Statistics in Backward Propagation of Batch Nor
 ICLR 2020, https://arxiv.org/abs/2001.06838
 Authors' release: https://github.com/megvii-model/MABN
 """
-from typing import Tuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .functional import add_affine_, channel_dot
+from ..ops import add_affine_, channel_dot
 from .moving_average import MovingAverage, exponential_average, record_and_average
 from .norm import Norm2d, check_options
 from .norm_batch import NormBatches
@@ -178,7 +177,7 @@ class MABN2d(Norm2d):
     @torch.no_grad()
     def _update_statistics(
         self, x: torch.Tensor, batches: NormBatches
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """χ̄² and r of this iteration, both of shape (G, C)."""
         planes = batches.split(x)
         sum_of_squares = batches.total(channel_dot(planes, planes, self.running_var.dtype))
@@ -197,7 +196,7 @@ class MABN2d(Norm2d):
             count = (count - torch.arange(num - 1, -1, -1, device=count.device))[:, None]
         return count > self.renorm_start_iter
 
-    def _normalize(self, x: torch.Tensor, statistics: Tuple[torch.Tensor, torch.Tensor]):
+    def _normalize(self, x: torch.Tensor, statistics: tuple[torch.Tensor, torch.Tensor]):
         second_moment, r = statistics
         loss_scale = None
         if self.grad_scaler is not None:  # `scale` does not wait for the device
@@ -227,20 +226,3 @@ class MABN2d(Norm2d):
             f"warmup_iters={self.warmup_iters}, renorm_clip={self.renorm_clip}, "
             f"renorm_start_iter={self.renorm_start_iter}, affine={self.affine})"
         )
-
-
-def follow_grad_scaler(model: nn.Module, grad_scaler) -> None:
-    """
-    Tells every MABN of a model by which scaler the loss is multiplied before `backward()`.
-
-    Under mixed precision the gradients arrive multiplied by a loss scale that changes. With this one
-    line after the scaler is made, the ψ buffers stay free of it. Detectron2's `AMPTrainer` does it
-    by itself.
-
-    Args:
-        model: any module; norms that are added later are not told.
-        grad_scaler: a `torch.amp.GradScaler`, or None for a loss that is not scaled.
-    """
-    for module in model.modules():
-        if isinstance(module, MABN2d):
-            module.grad_scaler = grad_scaler

@@ -4,7 +4,6 @@ Memorized Batch Normalization.
 Paper: Double Forward Propagation for Memorized Batch Normalization, AAAI 2018,
 https://arxiv.org/abs/2010.04947
 """
-from typing import Tuple
 
 import torch
 

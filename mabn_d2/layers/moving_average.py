@@ -1,4 +1,5 @@
 """The averages over iterations that stabilize batch statistics."""
+
 from typing import NamedTuple
 
 import torch

@@ -1,5 +1,7 @@
 """What the norms of this package have in common."""
-from typing import Any, Callable, Dict, Optional, Tuple
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +34,7 @@ _ACCEPTED = {
 }
 
 
-def check_options(options: Dict[str, Any], describe: Callable[[str], str]) -> None:
+def check_options(options: dict[str, Any], describe: Callable[[str], str]) -> None:
     """
     Raises:
         ValueError: an option is out of its range. The message begins with `describe(option)`.
@@ -107,7 +109,7 @@ class Norm2d(Statistics):
         """The output in training."""
         raise NotImplementedError
 
-    def _float(self, parameter: Optional[nn.Parameter]) -> Optional[torch.Tensor]:
+    def _float(self, parameter: nn.Parameter | None) -> torch.Tensor | None:
         """The parameter in the type of the statistics, which `.half()` leaves as they are."""
         return None if parameter is None else parameter.to(self.running_var.dtype)
 
@@ -127,7 +129,7 @@ class Norm2d(Statistics):
             training=False, eps=self.eps,
         )  # fmt: skip
 
-    def scale_and_shift(self) -> Tuple[torch.Tensor, torch.Tensor]:
+    def scale_and_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The map of evaluation as `out = scale·x + shift`, both of shape (C,)."""
         scale = (self.running_var + self.eps).rsqrt()
         if self.affine:

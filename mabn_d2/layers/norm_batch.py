@@ -4,7 +4,8 @@ Normalization batches: a batch of images that a norm sees as several smaller one
 This is how the papers study small batches at a large gradient batch; it is also known as ghost batch
 normalization (Hoffer et al. 2017, Train longer, generalize better, https://arxiv.org/abs/1705.08741).
 """
-from typing import Sequence, Union
+
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -60,7 +61,7 @@ class NormBatches:
             return statistic[0]
         return statistic.repeat_interleave(self.size, 0)[: self.shape[0]].flatten()
 
-    def counts(self, like: torch.Tensor) -> Union[int, torch.Tensor]:
+    def counts(self, like: torch.Tensor) -> int | torch.Tensor:
         """How many values of a channel each normalization batch has: a number, or shape (G, 1)."""
         n, _, h, w = self.shape
         if n % self.size == 0:

@@ -1,4 +1,5 @@
 """COCO at the one size of the paper's experiments, where Detectron2 draws from several."""
+
 from detectron2 import model_zoo
 
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader

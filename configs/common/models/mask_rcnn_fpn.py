@@ -2,6 +2,7 @@
 Mask R-CNN R50-FPN of the MABN paper's COCO experiments, with Detectron2's as the base: nothing frozen, a
 4conv1fc box head and maskrcnn-benchmark's sampling in the RoI poolers. The experiment sets the norms.
 """
+
 from detectron2 import model_zoo
 
 model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model

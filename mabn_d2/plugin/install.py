@@ -1,16 +1,18 @@
 """
-The registered norms, and the one place that plugs them into Detectron2.
+The one place that plugs the norms into Detectron2.
 
 Detectron2 has no registry of norms: `get_norm` looks the name up in a dictionary of its own, and
 every module imports that function by name. :func:`install` replaces it wherever it is held.
 """
+
 import contextlib
 import functools
 import inspect
 import logging
 import sys
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any
 
 import detectron2.config
 import detectron2.layers
@@ -21,51 +23,22 @@ from detectron2.engine import AMPTrainer
 from detectron2.layers import CycleBatchNormList, DeformConv, ModulatedDeformConv
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.roi_heads import ROIHeads
-from fvcore.common.registry import Registry
 from torch import nn
 
-from .config import norm_options
-from .layers import BRN2d, CenConv2d, CentralizedKernel, MABN2d, MBN2d, follow_grad_scaler
-from .surgery import (
+from ..layers import CenConv2d, CentralizedKernel, MABN2d
+from ..surgery import (
     CENTRALIZED_CLASSES,
     centralize,
     centralize_convolution,
     set_norm_batch_size,
 )
+from ..training import follow_grad_scaler
+from .config import norm_options
+from .registry import DETECTRON2_NORMS, NORM_REGISTRY, _options, check_norm_name
 
 logger = logging.getLogger(__name__)
-
-NORM_REGISTRY = Registry("NORM")
-NORM_REGISTRY.__doc__ = """
-Norms by the name that a `NORM` key of a config gives them. A registered object is called with the
-number of channels, and with keyword arguments that override its options, and returns a module.
-"""
-
-# The names that Detectron2's own `get_norm` knows.
-DETECTRON2_NORMS = (
-    "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N"
-)  # fmt: skip
-
-# Options of the norms of the model under construction; None while none is.
-_options: ContextVar[Optional[Dict[str, Dict[str, Any]]]] = ContextVar("options", default=None)
 # Over how many feature levels the head under construction is shared; 0 outside of such a head.
 _num_levels: ContextVar[int] = ContextVar("num_levels", default=0)
-
-
-def _register(name: str, norm_class: type) -> None:
-    """Registers a norm that takes its options from `cfg.MODEL.<name>`, or else its class's defaults."""
-
-    def create(num_features: int, **overrides) -> nn.Module:
-        options = (_options.get() or {}).get(name, {})
-        return norm_class(num_features, **{**options, **overrides})
-
-    create.__name__ = create.__qualname__ = name
-    NORM_REGISTRY.register(create)
-
-
-_register("MABN", MABN2d)
-_register("BRN", BRN2d)
-_register("MBN", MBN2d)
 
 
 class CenDeformConv(CentralizedKernel, DeformConv):
@@ -83,26 +56,6 @@ CENTRALIZED_CLASSES.update(
         ModulatedDeformConv: CenModulatedDeformConv,
     }
 )
-
-
-def check_norm_name(norm: str, key: str) -> None:
-    """
-    Raises:
-        ValueError: neither the registry nor Detectron2 knows the norm; the message begins with the
-            key of the config, `key`.
-    """
-    if norm and norm not in NORM_REGISTRY and norm not in DETECTRON2_NORMS:
-        known = [*(name for name, _ in NORM_REGISTRY), *DETECTRON2_NORMS]
-        raise ValueError(f"{key} must be one of {', '.join(known)}, or '', got {norm!r}")
-
-
-def check_norm_names(cfg: CfgNode, prefix: str = "") -> None:
-    """:func:`check_norm_name` for every `NORM` key of a config."""
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            check_norm_names(value, f"{prefix}{key}.")
-        elif key == "NORM" and isinstance(value, str):
-            check_norm_name(value, prefix + key)
 
 
 def _extend_get_norm(original: Callable) -> Callable:
@@ -137,7 +90,7 @@ def _centralize_what_is_built(original: Callable) -> Callable:
     return build
 
 
-def _norm_options(cfg) -> Dict[str, Dict[str, Any]]:
+def _norm_options(cfg) -> dict[str, dict[str, Any]]:
     """Options of each norm, from a config that may be a lazy one."""
     return norm_options(cfg) if isinstance(cfg, CfgNode) and "MODEL" in cfg else {}
 
@@ -197,7 +150,7 @@ def _decay_like_other_norms(original: Callable) -> Callable:
     """
 
     @functools.wraps(original)
-    def get_default_optimizer_params(*args, **kwargs) -> List[Dict[str, Any]]:
+    def get_default_optimizer_params(*args, **kwargs) -> list[dict[str, Any]]:
         groups = original(*args, **kwargs)
         given = inspect.signature(original).bind(*args, **kwargs)
         given.apply_defaults()
@@ -220,7 +173,7 @@ def _decay_like_other_norms(original: Callable) -> Callable:
     return get_default_optimizer_params
 
 
-def _split(group: Dict[str, Any], norms: set, weight_decay: float) -> Iterator[Dict[str, Any]]:
+def _split(group: dict[str, Any], norms: set, weight_decay: float) -> Iterator[dict[str, Any]]:
     """A group of optimizer parameters as one without the norms and one of the norms alone."""
     for is_norm in (False, True):
         chosen = [i for i, p in enumerate(group["params"]) if (p in norms) == is_norm]
@@ -251,8 +204,8 @@ def _replace_everywhere(old: Callable, new: Callable) -> None:
                 setattr(module, name, new)
 
 
-_replaced_functions: Dict[Callable, Callable] = {}
-_replaced_constructors: Dict[type, Callable] = {}
+_replaced_functions: dict[Callable, Callable] = {}
+_replaced_constructors: dict[type, Callable] = {}
 
 
 def install() -> None:

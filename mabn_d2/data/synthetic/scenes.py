@@ -1,8 +1,8 @@
 """Random scenes of overlapping objects, with what is visible of each of them."""
 
 import colorsys
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable, Optional
 
 import cv2
 import numpy as np
@@ -28,7 +28,7 @@ class Thing:
 
     category: int
     crowd: bool = False
-    keypoints: Optional[np.ndarray] = None
+    keypoints: np.ndarray | None = None
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Scene:
 
     image: np.ndarray
     owner: np.ndarray = field(init=False)
-    stuff: Optional[np.ndarray] = None
+    stuff: np.ndarray | None = None
     things: list[Thing] = field(default_factory=list)
 
     def __post_init__(self):
@@ -280,7 +280,7 @@ def _pick_category(rng) -> int:
     return int(rng.integers(len(_PATTERNS) * len(OUTLINES)))
 
 
-def _draw_category(rng, scene: Scene, category: int, centre, radius) -> Optional[np.ndarray]:
+def _draw_category(rng, scene: Scene, category: int, centre, radius) -> np.ndarray | None:
     if category == _PERSON:
         return _draw_person(rng, scene, centre, radius)
     pattern, name = divmod(category, len(OUTLINES))  # 5 patterns x 16 outlines = 80 categories

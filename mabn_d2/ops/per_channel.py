@@ -1,5 +1,4 @@
 """Reductions and maps per channel, from PyTorch's fused batch norm primitives."""
-from typing import Optional, Tuple
 
 import torch
 from torch.nn import functional as F
@@ -26,7 +25,7 @@ def channel_dot(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.T
     )[1]
 
 
-def channel_mean_var(x: torch.Tensor, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
+def channel_mean_var(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Mean and biased variance over all but the channel dimension, in BN's own reduction.
 
@@ -42,7 +41,7 @@ def channel_mean_var(x: torch.Tensor, dtype: torch.dtype) -> Tuple[torch.Tensor,
 
 
 def add_affine_(
-    total: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, shift: Optional[torch.Tensor] = None
+    total: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
     total + scale·x + shift per channel, in place.

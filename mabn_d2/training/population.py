@@ -1,12 +1,13 @@
 """Statistics of norms over many batches with fixed weights."""
+
 import contextlib
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from .functional import channel_mean_var
-from .norm import Norm2d
+from ..layers.norm import Norm2d
+from ..ops import channel_mean_var
 
 
 class _PopulationMoments:

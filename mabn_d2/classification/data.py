@@ -1,18 +1,19 @@
 """Data sets of labelled images, and loaders for them that can start at any iteration."""
+
 import itertools
 import os
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 import torchvision
-from torch.utils.data import DataLoader, Dataset, Sampler
-
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .loader import seed_from, temporary_seed
+from ..utils.random import seed_from, temporary_seed
 
 
 def default_root() -> str:
@@ -27,7 +28,7 @@ class ImageNet(torchvision.datasets.ImageFolder):
     Items are pairs (transformed PIL image, label); the labels count the sorted names of the folders.
     """
 
-    def __init__(self, split: str, transform: Callable, root: Optional[str] = None):
+    def __init__(self, split: str, transform: Callable, root: str | None = None):
         """
         Args:
             split: "train" or "val".
@@ -41,11 +42,11 @@ class ImageNet(torchvision.datasets.ImageFolder):
         super().__init__(self._folder(split, root), transform)
 
     @staticmethod
-    def _folder(split: str, root: Optional[str]) -> str:
+    def _folder(split: str, root: str | None) -> str:
         return os.path.join(root or default_root(), "imagenet", split)
 
     @classmethod
-    def check_files(cls, split: str, root: Optional[str] = None) -> None:
+    def check_files(cls, split: str, root: str | None = None) -> None:
         """
         Raises:
             FileNotFoundError: the split is not where it should be.
@@ -65,7 +66,7 @@ class FashionMNIST(torchvision.datasets.FashionMNIST):
     Items are pairs (transformed PIL image, label).
     """
 
-    def __init__(self, split: str, transform: Callable, root: Optional[str] = None):
+    def __init__(self, split: str, transform: Callable, root: str | None = None):
         """
         Args:
             split: "train" or "val".
@@ -79,7 +80,7 @@ class FashionMNIST(torchvision.datasets.FashionMNIST):
         super().__init__(root or default_root(), train=split == "train", transform=transform)
 
     @classmethod
-    def check_files(cls, split: str, root: Optional[str] = None) -> None:
+    def check_files(cls, split: str, root: str | None = None) -> None:
         """
         Raises:
             FileNotFoundError: a file of the data set is missing.
@@ -103,7 +104,7 @@ class _Detectron2Samples(Dataset):
     seed, worker and draw alone, whichever process maps it and whatever it has mapped before.
     """
 
-    def __init__(self, pairs: Dataset, seed: Optional[int] = None):
+    def __init__(self, pairs: Dataset, seed: int | None = None):
         self.pairs = pairs
         self.seed = seed
         self.rank = comm.get_rank()
@@ -111,14 +112,14 @@ class _Detectron2Samples(Dataset):
     def __len__(self):
         return len(self.pairs)
 
-    def __getitem__(self, place) -> Dict[str, Any]:
+    def __getitem__(self, place) -> dict[str, Any]:
         if self.seed is None:
             return self._sample(place)
         draw, index = place
         with temporary_seed(seed_from(self.seed, self.rank, draw)):
             return self._sample(index)
 
-    def _sample(self, index: int) -> Dict[str, Any]:
+    def _sample(self, index: int) -> dict[str, Any]:
         image, label = self.pairs[index]
         bgr = np.asarray(image.convert("RGB"))[:, :, ::-1]
         return {"image": torch.from_numpy(bgr.transpose(2, 0, 1).copy()), "label": label}
@@ -138,7 +139,7 @@ class _ShuffledBatches(Sampler):
         self.seed = seed
         self.start_iter = start_iter
 
-    def __iter__(self) -> Iterator[List[Tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         first = self.start_iter * self.batch_size
         share = self._indices(first * comm.get_world_size())
         own = itertools.islice(share, comm.get_rank(), None, comm.get_world_size())
@@ -189,7 +190,7 @@ class ClassificationTrainLoader:
         self.seed = 0
         self.start_iter = 0
 
-    def __iter__(self) -> Iterator[List[Dict[str, Any]]]:
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         # A data loader draws a seed for its processes. That must not shift the random numbers of the
         # iteration in which training happens to start.
         with temporary_seed(self.seed):

@@ -4,24 +4,25 @@ Double-Forward, the training scheme of Memorized Batch Normalization.
 Paper: Double Forward Propagation for Memorized Batch Normalization, AAAI 2018,
 https://arxiv.org/abs/2010.04947
 """
-import contextlib
-import random
-from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
-import numpy as np
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import torch
 from torch import nn
 
-from .mbn import MBN2d
+from ..layers.mbn import MBN2d
+from ..utils.random import random_state, set_random_state
 
 
 class _Call(NamedTuple):
     """A forward pass that can be run again."""
 
-    args: Tuple
-    kwargs: Dict[str, Any]
-    random_state: Tuple
-    autocast: Tuple[torch.autocast, ...]
+    args: tuple
+    kwargs: dict[str, Any]
+    random_state: tuple
+    autocast: tuple[torch.autocast, ...]
 
 
 class DoubleForward:
@@ -52,8 +53,8 @@ class DoubleForward:
             model: called once per mini-batch, in training mode and with gradients enabled.
         """
         self.model = model
-        self._calls: List[_Call] = []
-        self._memories: List[Tuple[torch.Tensor, torch.Tensor]] = []
+        self._calls: list[_Call] = []
+        self._memories: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._handle = model.register_forward_pre_hook(self._remember, with_kwargs=True)
 
     def remove(self) -> None:
@@ -61,12 +62,12 @@ class DoubleForward:
         self._handle.remove()
         self._calls.clear()
 
-    def _remember(self, model: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> None:
+    def _remember(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not (model.training and torch.is_grad_enabled()):
             return
         if not self._calls:
             self._memories = [(buffer, buffer.clone()) for buffer in self._memory_buffers()]
-        self._calls.append(_Call(args, kwargs, _random_state(), _autocast()))
+        self._calls.append(_Call(args, kwargs, random_state(), _autocast()))
 
     def _memory_buffers(self) -> Iterator[torch.Tensor]:
         for module in self.model.modules():
@@ -81,21 +82,21 @@ class DoubleForward:
             return
         for buffer, before in self._memories:
             buffer.copy_(before)
-        random_state = _random_state()
+        now = random_state()
         with _unchanged(self.model, list(self._memory_buffers())):
             try:
                 for call in calls:
-                    _set_random_state(call.random_state)
+                    set_random_state(call.random_state)
                     with contextlib.ExitStack() as stack:
                         for autocast in call.autocast:
                             stack.enter_context(autocast)
                         self.model.forward(*call.args, **call.kwargs)
             finally:
-                _set_random_state(random_state)
+                set_random_state(now)
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module, but: List[torch.Tensor]) -> Iterator[None]:
+def _unchanged(model: nn.Module, but: list[torch.Tensor]) -> Iterator[None]:
     """Puts the attributes and buffers of all modules back at the end, with the exception of `but`."""
     changing = {id(buffer) for buffer in but}
     buffers = [buffer for buffer in model.buffers() if id(buffer) not in changing]
@@ -112,20 +113,7 @@ def _unchanged(model: nn.Module, but: List[torch.Tensor]) -> Iterator[None]:
             buffer.copy_(copy)
 
 
-def _random_state() -> Tuple:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _set_random_state(state: Tuple) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-    if state[3] is not None:
-        torch.cuda.set_rng_state(state[3])
-
-
-def _autocast() -> Tuple[torch.autocast, ...]:
+def _autocast() -> tuple[torch.autocast, ...]:
     """Contexts that bring the present state of autocast back."""
     contexts = [
         torch.autocast("cpu", torch.get_autocast_cpu_dtype(), torch.is_autocast_cpu_enabled())

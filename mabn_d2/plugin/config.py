@@ -1,9 +1,11 @@
 """The options that the package adds to a Detectron2 config."""
-from typing import Any, Dict
 
-from detectron2.config import CfgNode
+from typing import Any
 
-from .layers.norm import check_options
+import yaml
+from detectron2.config import CfgNode, get_cfg
+
+from ..layers.norm import check_options
 
 
 def add_mabn_config(cfg: CfgNode) -> None:
@@ -58,7 +60,7 @@ def add_mabn_config(cfg: CfgNode) -> None:
     cfg.MODEL.NORM_BATCH_SIZE = 0
 
 
-def norm_options(cfg: CfgNode) -> Dict[str, Dict[str, Any]]:
+def norm_options(cfg: CfgNode) -> dict[str, dict[str, Any]]:
     """
     By the name of the norm, its options in the config as keyword arguments of its class.
 
@@ -80,3 +82,20 @@ def norm_options(cfg: CfgNode) -> Dict[str, Dict[str, Any]]:
     if size < 0:
         raise ValueError(f"MODEL.NORM_BATCH_SIZE must be a non-negative integer, got {size}")
     return options
+
+
+def load_config(path: str) -> CfgNode:
+    """
+    A config of Detectron2 or of this package, on the CPU.
+
+    Raises:
+        OSError, ValueError: the file cannot be read or is not such a config.
+    """
+    cfg = get_cfg()
+    add_mabn_config(cfg)
+    try:
+        cfg.merge_from_file(path)
+    except (KeyError, AttributeError, AssertionError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not a config of Detectron2: {error}") from error
+    cfg.MODEL.DEVICE = "cpu"
+    return cfg

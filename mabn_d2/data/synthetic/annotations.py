@@ -1,7 +1,5 @@
 """COCO-format annotations of a scene (https://cocodataset.org/#format-data)."""
 
-from typing import Optional
-
 import cv2
 import numpy as np
 
@@ -80,7 +78,7 @@ def _keypoint_fields(rng, scene: Scene, number: int) -> dict:
 
 
 def annotate(
-    scene: Scene, category_ids: list[int], person_id: Optional[int], rng: np.random.Generator
+    scene: Scene, category_ids: list[int], person_id: int | None, rng: np.random.Generator
 ) -> dict[int, dict]:
     """Annotations of what is visible in `scene`.
 

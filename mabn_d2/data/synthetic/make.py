@@ -7,10 +7,10 @@ import multiprocessing
 import os
 import shutil
 import signal
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Optional, Union
 
 import cv2
 import numpy as np
@@ -65,11 +65,11 @@ class _Task:
 
 
 def make_synthetic_coco(
-    out: Union[str, Path],
+    out: str | Path,
     layout: str = "shapes",
     train: int = 1000,
     val: int = 200,
-    size: Optional[int] = None,
+    size: int | None = None,
     seed: int = 0,
     looks: str = "varied",
     workers: int = 1,

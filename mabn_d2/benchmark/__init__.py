@@ -1,0 +1,1 @@
+"""What the norms cost: time and memory of a forward and backward pass."""

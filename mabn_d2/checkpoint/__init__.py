@@ -1,0 +1,22 @@
+"""Checkpoints, and other people's weights as ours."""
+
+from ..utils import needs_detectron2  # noqa: F401
+from .checkpointer import Checkpointer
+from .convert import SOURCES, check_destination, load_weights, save_weights
+from .describe import Match, config_lines, describe, match_model
+from .reading import read_checkpoint
+from .sources import Weights
+
+__all__ = [
+    "SOURCES",
+    "Checkpointer",
+    "Match",
+    "Weights",
+    "check_destination",
+    "config_lines",
+    "describe",
+    "load_weights",
+    "match_model",
+    "read_checkpoint",
+    "save_weights",
+]

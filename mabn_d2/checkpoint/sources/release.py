@@ -1,0 +1,239 @@
+"""Weights of the authors' release of MABN, https://github.com/megvii-model/MABN."""
+
+import re
+from typing import Any
+
+import torch
+
+from ...layers import MABN2d
+from .weights import (
+    FOREIGN_NORM_NOTE,
+    StateDict,
+    Weights,
+    found,
+    is_resnet,
+    merge,
+    pixels,
+    rename,
+    resnet_config,
+    resnet_name,
+    split,
+)
+
+# maskrcnn-benchmark's modules -> Detectron2's.
+_DETECTOR_MODULES = {
+    **{f"backbone.fpn.fpn_inner{n}": f"backbone.fpn_lateral{n + 1}" for n in (1, 2, 3, 4)},
+    **{f"backbone.fpn.fpn_layer{n}": f"backbone.fpn_output{n + 1}" for n in (1, 2, 3, 4)},
+    "rpn.head.conv": "proposal_generator.rpn_head.conv",
+    "rpn.head.cls_logits": "proposal_generator.rpn_head.objectness_logits",
+    "rpn.head.bbox_pred": "proposal_generator.rpn_head.anchor_deltas",
+    "roi_heads.box.feature_extractor": "roi_heads.box_head",
+    "roi_heads.box.feature_extractor.fc6": "roi_heads.box_head.fc1",
+    "roi_heads.box.feature_extractor.fc7": "roi_heads.box_head.fc2",
+    "roi_heads.box.predictor": "roi_heads.box_predictor",
+    "roi_heads.mask.feature_extractor": "roi_heads.mask_head",
+    "roi_heads.mask.predictor.conv5_mask": "roi_heads.mask_head.deconv",
+    "roi_heads.mask.predictor.mask_fcn_logits": "roi_heads.mask_head.predictor",
+}
+_BOX_CONVOLUTION = r"(roi_heads\.box\.feature_extractor\.)xconvs\.(\d+)\.(.+)"
+
+
+def detector_name(key: str) -> str | None:
+    """
+    Detectron2's name of a tensor of maskrcnn-benchmark's Faster or Mask R-CNN with FPN.
+
+    Args:
+        key: maskrcnn-benchmark's name; the box head's convolutions are named `conv1`, ... in place
+            of `xconvs.0`, ...
+
+    Returns:
+        the name, or None for a tensor that Detectron2's model does not have.
+    """
+    if key.startswith("backbone.body."):
+        name = resnet_name(re.sub(r"^backbone\.body\.(stem\.)?", "", key))
+        return name and f"backbone.bottom_up.{name}"
+    for module in sorted(_DETECTOR_MODULES, key=len, reverse=True):
+        if key.startswith(f"{module}."):
+            name = _DETECTOR_MODULES[module] + key[len(module) :]
+            # A convolution with a norm is a sequence of both.
+            return re.sub(r"(fpn_\w+\d|mask_fcn\d)\.([01])\.", _norm_of_sequence, name)
+    return None
+
+
+def _norm_of_sequence(match: re.Match) -> str:
+    return f"{match[1]}.norm." if match[2] == "1" else f"{match[1]}."
+
+
+def _name_box_convolutions(state_dict: StateDict) -> StateDict:
+    """`xconvs.I` is a plain sequence: I becomes the number of the convolution, or of its norm's."""
+    parts = {key: re.fullmatch(_BOX_CONVOLUTION, key) for key in state_dict}
+    places = sorted(
+        int(match[2]) for key, match in parts.items() if match and state_dict[key].dim() == 4
+    )
+
+    def name(key: str) -> str:
+        if parts[key] is None:
+            return key
+        prefix, place, tensor = parts[key][1], int(parts[key][2]), parts[key][3]
+        module = f"conv{sum(p <= place for p in places)}{'' if place in places else '.norm'}"
+        return f"{prefix}{module}.{tensor}"
+
+    return {name(key): value for key, value in state_dict.items()}
+
+
+# ------------------------------------------------------------------------------------ conversions
+
+
+def _release_norm(norm: StateDict) -> StateDict:
+    """
+    The state of one MABN of the release -> that of a :class:`MABN2d`.
+
+    The detector's norm keeps one statistic per iteration (`iters`, `buffer_x2`, `buffer_gz`); that
+    of the classifier keeps those of the last iteration's groups of two images, the oldest first
+    (`iters`, `pre_x2`, `pre_gz`, and the constant `sta_matrix`).
+    """
+    norm = {key: value for key, value in norm.items() if key != "sta_matrix"}
+    norm["running_var"] = norm["running_var"].reshape(-1)
+    if "buffer_x2" in norm:
+        ours = MABN2d(len(norm["running_var"]), buffer_size=len(norm["buffer_x2"]))
+        ours.load_state_dict(norm)
+        return dict(ours.state_dict())
+    groups = len(norm["pre_x2"]) if "pre_x2" in norm else 0
+    count = norm.pop("iters", torch.zeros(1)).reshape(()).long() * groups
+    for theirs, name in (("pre_x2", "second_moment"), ("pre_gz", "psi")):
+        if theirs in norm:
+            norm[f"{name}.values"] = norm.pop(theirs)
+        norm[f"{name}.count"] = count.clone()
+    return norm
+
+
+def _convert_release_norms(state_dict: StateDict, path: str) -> StateDict:
+    """Every norm with a second moment and no mean is a MABN; those of this package stay."""
+    state_dict = dict(state_dict)
+    keys = list(state_dict)
+    for key in keys:
+        prefix = key[: -len("running_var")]
+        others = (f"{prefix}running_mean", f"{prefix}psi.count")
+        if key.endswith(".running_var") and not any(other in state_dict for other in others):
+            norm = {k[len(prefix) :]: state_dict.pop(k) for k in keys if k.startswith(prefix)}
+            try:
+                norm = _release_norm(norm)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{path} holds {prefix}{{{', '.join(norm)}}}, accepted are a MABN's weight, "
+                    "bias, running_var, iters, buffer_x2 and buffer_gz, in shapes that agree"
+                ) from error
+            state_dict.update({prefix + k: v for k, v in norm.items()})
+    return state_dict
+
+
+def _move_background_last(state_dict: StateDict) -> None:
+    """
+    The class order of maskrcnn-benchmark -> that of Detectron2, in place.
+
+    Of `1 + K` classes the background is the first there, in scores, boxes and masks. Detectron2
+    has it last in the scores and nowhere else. Class-agnostic boxes are those of "class" 1 of 2.
+    """
+    box, mask = "roi_heads.box_predictor.", "roi_heads.mask_head.predictor."
+    for tensor in ("weight", "bias"):
+        scores = state_dict.get(f"{box}cls_score.{tensor}")
+        if scores is not None:
+            state_dict[f"{box}cls_score.{tensor}"] = scores.roll(-1, 0)
+        for name, per_class in ((f"{box}bbox_pred.{tensor}", 4), (mask + tensor, 1)):
+            if name in state_dict:
+                state_dict[name] = state_dict[name][per_class:].clone()
+
+
+def convert_release(checkpoint: dict[str, Any], path: str) -> Weights:
+    """
+    Weights of the authors' release: a detector's checkpoint, or a classifier's as the backbone.
+
+    Args:
+        checkpoint: as from :func:`read_checkpoint`.
+        path: for messages.
+
+    Raises:
+        ValueError: the names are not those of the release.
+    """
+    state_dict, others = split(checkpoint, ("model", "state_dict"))
+    detector = any(key.startswith("backbone.body.") for key in state_dict)
+    if detector and not any(key.startswith("backbone.fpn.") for key in state_dict):
+        raise ValueError(f"{path} holds a detector without FPN, accepted are those with FPN")
+    if not detector and not is_resnet(state_dict):
+        raise ValueError(
+            f"{path} is not of the MABN release: {found(state_dict or checkpoint)}, accepted are "
+            "detectors of maskrcnn-benchmark (backbone.body.stem.conv1.weight, ...) and ResNets "
+            "(conv1.weight, layer1.0.conv1.weight, ...)"
+        )
+    if not detector and "bn1.running_mean" in state_dict:
+        raise ValueError(
+            f"{path} is not of the MABN release: its norms are BN (bn1.running_mean), accepted "
+            "with --from torchvision"
+        )
+    state_dict = _convert_release_norms(state_dict, path)
+    if detector:
+        return _release_detector(state_dict, others)
+    state_dict, unknown = rename(state_dict, resnet_name)
+    config = resnet_config(state_dict, "MABN", stride_in_1x1=False)
+    merge(config, pixels("BGR", [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]))
+    notes = [
+        "The config is that of the release's classifier. The release's detector starts from its "
+        "weights with PIXEL_MEAN [102.9801, 115.9465, 122.7717] and STRIDE_IN_1X1 True."
+    ]
+    return Weights(state_dict, "MABN release", True, others + unknown, config, notes)
+
+
+def _release_detector(state_dict: StateDict, others: list[str]) -> Weights:
+    state_dict, unknown = rename(_name_box_convolutions(state_dict), detector_name)
+    _move_background_last(state_dict)
+    weights = Weights(state_dict, "MABN release", False, others + unknown, {}, [])
+    norm = weights.norm
+    body = "backbone.bottom_up."
+    merge(
+        weights.config,
+        resnet_config(
+            {key[len(body) :]: v for key, v in state_dict.items() if key.startswith(body)},
+            norm, stride_in_1x1=True,
+        ),
+        pixels("BGR", [102.9801, 115.9465, 122.7717], [1.0, 1.0, 1.0]),
+        {"MODEL": _heads_config(state_dict)},
+    )  # fmt: skip
+    weights.notes.append(
+        "maskrcnn-benchmark counts a box's last pixel in its width (TO_REMOVE = 1), rounds its "
+        "anchors, and pools without the half-pixel shift. OFFSET and POOLER_TYPE bring Detectron2 "
+        "close, not to the same boxes: expect a slightly different AP without further training."
+    )
+    if norm == "BN":
+        weights.notes.append(FOREIGN_NORM_NOTE)
+    return weights
+
+
+def _heads_config(state_dict: StateDict) -> dict[str, Any]:
+    """Options of what follows a detector's backbone."""
+
+    def norm(prefix: str) -> str:
+        keys = [key for key in state_dict if key.startswith(prefix) and ".norm." in key]
+        return "MABN" if any("psi" in key for key in keys) else "BN" if keys else ""
+
+    def count(pattern: str) -> int:
+        return sum(re.fullmatch(pattern, key) is not None for key in state_dict)
+
+    box, mask = "roi_heads.box_head.", "roi_heads.mask_head."
+    pooler = {"POOLER_TYPE": "ROIAlign", "POOLER_SAMPLING_RATIO": 2}
+    options = {
+        "FPN": {"NORM": norm("backbone.fpn_")},
+        "ANCHOR_GENERATOR": {"OFFSET": 0.5},
+        "ROI_BOX_HEAD": {
+            "NORM": norm(box),
+            "NUM_CONV": count(re.escape(box) + r"conv\d+\.weight"),
+            "NUM_FC": count(re.escape(box) + r"fc\d+\.weight"),
+            **pooler,
+        },
+    }
+    if "roi_heads.box_predictor.cls_score.weight" in state_dict:
+        classes = len(state_dict["roi_heads.box_predictor.cls_score.weight"]) - 1
+        options["ROI_HEADS"] = {"NUM_CLASSES": classes}
+    if count(re.escape(mask) + ".+"):
+        convolutions = count(re.escape(mask) + r"mask_fcn\d+\.weight")
+        options["ROI_MASK_HEAD"] = {"NORM": norm(mask), "NUM_CONV": convolutions, **pooler}
+    return {**options, "MASK_ON": "ROI_MASK_HEAD" in options}

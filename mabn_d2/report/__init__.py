@@ -1,0 +1,8 @@
+"""Pictures and a table of a training run, made from its output folder."""
+
+from ..utils import needs_detectron2  # noqa: F401
+from .curves import plot_curves
+from .metrics import METRICS, ap_table, read_metrics
+from .predictions import draw_predictions
+
+__all__ = ["METRICS", "ap_table", "draw_predictions", "plot_curves", "read_metrics"]

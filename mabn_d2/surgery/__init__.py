@@ -1,0 +1,15 @@
+"""Changes to models: which convolution feeds which norm, and what is done about it."""
+
+from .centralization import CENTRALIZED_CLASSES, centralize, centralize_convolution
+from .norm_batches import set_norm_batch_size
+from .sites import NormSite, find_norm_sites, is_mabn
+
+__all__ = [
+    "CENTRALIZED_CLASSES",
+    "NormSite",
+    "centralize",
+    "centralize_convolution",
+    "find_norm_sites",
+    "is_mabn",
+    "set_norm_batch_size",
+]

@@ -1,0 +1,14 @@
+"""What a training loop of one's own calls, in plain PyTorch."""
+
+from .averaging import average_norm_statistics, norm_statistics
+from .double_forward import DoubleForward
+from .grad_scaler import follow_grad_scaler
+from .population import population_statistics
+
+__all__ = [
+    "DoubleForward",
+    "average_norm_statistics",
+    "follow_grad_scaler",
+    "norm_statistics",
+    "population_statistics",
+]
