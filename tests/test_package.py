@@ -1,22 +1,71 @@
 """The package as it is imported and installed."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "mabn_d2"
+BELOW_THE_LINE = ("layers", "ops", "surgery", "training", "utils")
+WITHOUT_DETECTRON2 = "import sys; sys.modules['detectron2'] = sys.modules['fvcore'] = None; "
 
 
-def test_without_detectron2_the_import_says_so_and_how_to_install_it():
-    code = "import sys; sys.modules['detectron2'] = None; import mabn_d2"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+def imported_modules(path):
+    """Absolute names of all modules that a file imports, wherever in the file."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            name = ".".join([*base, *filter(None, [node.module])])
+            yield name
+            yield from (f"{name}.{alias.name}" for alias in node.names)
+
+
+def test_without_detectron2_the_layers_train_and_the_import_is_silent():
+    code = (
+        "import torch, mabn_d2\n"
+        "model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), mabn_d2.MABN2d(4))\n"
+        "mabn_d2.centralize(model)\n"
+        "model(torch.rand(2, 3, 5, 5)).sum().backward()\n"
+        "import mabn_d2.surgery, mabn_d2.training, mabn_d2.ops\n"
+    )
+    done = run(WITHOUT_DETECTRON2 + code)
+    assert done.returncode == 0 and not done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from mabn_d2 import add_mabn_config",
+        "import mabn_d2; mabn_d2.install()",
+        "from mabn_d2.engine import Trainer",
+        "import mabn_d2.checkpoint",
+        "import mabn_d2.plugin.config",
+    ],
+)
+def test_without_detectron2_what_needs_it_says_how_to_install_it(code):
+    done = run(WITHOUT_DETECTRON2 + code)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1
-    assert last.startswith("ImportError: mabn_d2 needs Detectron2")
+    assert last.startswith("ImportError: This part of mabn_d2 needs Detectron2")
     assert "pip install" in last and "sal-detectron2==0.7.2" in last
 
 
-def test_the_layers_do_not_import_detectron2():
-    for path in (ROOT / "mabn_d2" / "layers").glob("*.py"):
-        assert "import detectron2" not in path.read_text()
-        assert "from detectron2" not in path.read_text()
+@pytest.mark.parametrize("room", BELOW_THE_LINE)
+def test_below_the_line_nothing_imports_detectron2_or_what_needs_it(room):
+    above = {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {*BELOW_THE_LINE}
+    forbidden = ("detectron2", "fvcore", *(f"mabn_d2.{name}" for name in above))
+    files = list((PACKAGE / room).rglob("*.py"))
+    assert files
+    for path in files:
+        for name in imported_modules(path):
+            assert not f"{name}.".startswith(tuple(f"{f}." for f in forbidden)), (path, name)

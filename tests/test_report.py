@@ -15,6 +15,8 @@ from pycocotools.coco import COCO
 
 from mabn_d2 import add_mabn_config, report
 from mabn_d2.data import make_synthetic_coco, register_shapes
+from mabn_d2.report import curves, predictions
+from mabn_d2.report.run import describe_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -137,14 +139,14 @@ def test_table_of_several_data_sets(tmp_path):
 
 def test_smoothing():
     few = np.array([1.0, 5.0, 2.0])
-    assert np.array_equal(report.smooth(few), few)
+    assert np.array_equal(curves.smooth(few), few)
     rng = np.random.default_rng(0)
     noisy = 2 + rng.normal(size=400)
     noisy[50] = np.nan
-    result = report.smooth(noisy)
+    result = curves.smooth(noisy)
     assert result.shape == noisy.shape and np.flatnonzero(np.isnan(result)) == [50]
     assert np.nanstd(result) < 0.5 * np.nanstd(noisy) and abs(np.nanmean(result) - 2) < 0.2
-    assert np.allclose(report.smooth(np.full(100, 3.0)), 3.0)  # up to the ends
+    assert np.allclose(curves.smooth(np.full(100, 3.0)), 3.0)  # up to the ends
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -157,22 +159,24 @@ def read_picture(path):
 
 
 def test_curves(run):
-    report.plot_curves(str(run / "metrics.json"), str(run / "curves.png"))
+    curves.plot_curves(str(run / "metrics.json"), str(run / "curves.png"))
     assert read_picture(run / "curves.png").shape == (750, 1000, 3)
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
 
 
 def test_curves_without_finite_losses(run):
     path = write_lines(run / "metrics.json", losses(19, total=math.nan), evaluation(19, math.nan))
-    report.plot_curves(path, str(run / "curves.png"))
+    curves.plot_curves(path, str(run / "curves.png"))
     read_picture(run / "curves.png")
 
 
 def test_panel_has_a_row_for_two_images(run, monkeypatch):
-    monkeypatch.setattr(report, "_draw_shape", lambda *arguments: None)  # takes most of the time
+    monkeypatch.setattr(
+        predictions, "_draw_shape", lambda *arguments: None
+    )  # takes most of the time
     shapes = []
     for count in (1, 3):
-        report.draw_predictions(str(run), str(run / "predictions.png"), count)
+        predictions.draw_predictions(str(run), str(run / "predictions.png"), count)
         shapes.append(read_picture(run / "predictions.png").shape)
     (height, width, _), three = shapes
     assert height > 384 and width > 2 * 384
@@ -182,7 +186,7 @@ def test_panel_has_a_row_for_two_images(run, monkeypatch):
 def test_panel_depends_on_the_seed_alone(run):
     pictures = []
     for seed in (0, 0, 1):
-        report.draw_predictions(str(run), str(run / "predictions.png"), 1, seed)
+        predictions.draw_predictions(str(run), str(run / "predictions.png"), 1, seed)
         pictures.append((run / "predictions.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
 
@@ -191,16 +195,16 @@ def test_images_are_spread_and_of_few_objects():
     counts = [1, 3, 9] * 10
     records = [{"image_id": i, "annotations": [{}] * n} for i, n in enumerate(counts)]
     for seed in range(5):
-        chosen = report._choose(records, 5, seed)
+        chosen = predictions._choose(records, 5, seed)
         assert [record["image_id"] // 6 for record in chosen] == [0, 1, 2, 3, 4]
         assert all(len(record["annotations"]) == 3 for record in chosen)
-    assert report._choose(records[:2], 6, 0) == records[:2]
+    assert predictions._choose(records[:2], 6, 0) == records[:2]
 
 
 def test_detections_shown():
     def select(*scores):
-        things = [report._Object(0, (0, 0, 1, 1), score=score) for score in scores]
-        shown, caption = report._select(things)
+        things = [predictions._Object(0, (0, 0, 1, 1), score=score) for score in scores]
+        shown, caption = predictions._select(things)
         return [thing.score for thing in shown], caption
 
     assert select(0.2, 0.5, 0.9) == ([0.9, 0.5], "2 detections of score ≥ 0.5")
@@ -212,12 +216,14 @@ def test_detections_shown():
 
 
 def test_detections_are_read_as_the_ground_truth_they_are(run):
-    records = report._load_dataset("shapes_val")
-    detections = report._read_detections(str(run / "inference" / "coco_instances_results.json"))
+    records = predictions._load_dataset("shapes_val")
+    detections = predictions._read_detections(
+        str(run / "inference" / "coco_instances_results.json")
+    )
     metadata = MetadataCatalog.get("shapes_val")
     for record in records:
-        found = [report._detected(entry, metadata) for entry in detections[record["image_id"]]]
-        truth = [report._annotated(entry, record) for entry in record["annotations"]]
+        found = [predictions._detected(entry, metadata) for entry in detections[record["image_id"]]]
+        truth = [predictions._annotated(entry, record) for entry in record["annotations"]]
         assert [thing.category for thing in found] == [thing.category for thing in truth]
         for one, other in zip(found, truth):
             assert one.score == 0.9 and other.score is None
@@ -228,10 +234,10 @@ def test_detections_are_read_as_the_ground_truth_they_are(run):
 def test_labels_do_not_overlap():
     size, frame, taken = (80.0, 20.0), (384.0, 384.0), []
     for box in [(10, 5, 60, 90), (12, 8, 55, 80), (9, 4, 50, 60), (330, 370, 384, 384)] * 3:
-        x, y = report._place(size, box, frame, taken)
+        x, y = predictions._place(size, box, frame, taken)
         assert 0 <= x <= frame[0] - size[0] and 0 <= y <= frame[1] - size[1]
         taken.append((x, y, x + size[0], y + size[1]))
-    assert sum(report._covered(box, taken[:i]) for i, box in enumerate(taken)) == 0
+    assert sum(predictions._covered(box, taken[:i]) for i, box in enumerate(taken)) == 0
 
 
 def test_detections_without_masks_and_none_at_all(run):
@@ -241,7 +247,7 @@ def test_detections_without_masks_and_none_at_all(run):
     ]
     for content in (entries, []):
         path.write_text(json.dumps(content))
-        report.draw_predictions(str(run), str(run / "predictions.png"), 1)
+        predictions.draw_predictions(str(run), str(run / "predictions.png"), 1)
         read_picture(run / "predictions.png")
 
 
@@ -255,7 +261,7 @@ def test_a_failed_write_leaves_the_old_picture(run, monkeypatch):
     (run / "curves.png").write_text("old")
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(OSError, match="disk full"):
-        report.plot_curves(str(run / "metrics.json"), str(run / "curves.png"))
+        curves.plot_curves(str(run / "metrics.json"), str(run / "curves.png"))
     assert (run / "curves.png").read_text() == "old"
     assert not [path for path in run.iterdir() if path.name.startswith(".")]
 
@@ -263,11 +269,11 @@ def test_a_failed_write_leaves_the_old_picture(run, monkeypatch):
 def test_description_of_models():
     cfg = get_cfg()
     add_mabn_config(cfg)
-    assert report.describe_model(cfg) == "Faster R-CNN R50, norm FrozenBN / none"
+    assert describe_model(cfg) == "Faster R-CNN R50, norm FrozenBN / none"
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
     cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
     cfg.MODEL.RESNETS.NORM = cfg.MODEL.FPN.NORM = "MABN"
-    assert report.describe_model(cfg) == "RetinaNet R50-FPN, norm MABN"
+    assert describe_model(cfg) == "RetinaNet R50-FPN, norm MABN"
 
 
 # ---- the tool ------------------------------------------------------------------------------------

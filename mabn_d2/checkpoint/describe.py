@@ -22,18 +22,15 @@ class Match(NamedTuple):
 
 def match_model(weights: Weights, cfg: CfgNode) -> Match:
     """What the model of a config takes from the weights, matched as Detectron2 does."""
-    model = build_model(cfg).state_dict()
+    module = build_model(cfg)
+    model = module.state_dict()
     theirs = weights.state_dict
     if weights.matching_heuristics:
         caffe2 = weights.author == "Caffe2"
         theirs = align_and_update_state_dicts(model, dict(theirs), c2_conversion=caffe2)
-    matched = [k for k, v in model.items() if k in theirs and theirs[k].shape == v.shape]
-    known = set(matched)
-    return Match(
-        matched,
-        [key for key in model if key not in known],
-        [key for key in theirs if key not in known],
-    )
+    matched = {k: theirs[k] for k, v in model.items() if k in theirs and theirs[k].shape == v.shape}
+    missing = module.load_state_dict(matched, strict=False).missing_keys
+    return Match(list(matched), missing, [key for key in theirs if key not in matched])
 
 
 def _grouped(keys: Iterable[str]) -> list[str]:

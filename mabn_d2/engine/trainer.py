@@ -130,7 +130,7 @@ def _log_simulated_batch(model: torch.nn.Module, cfg: CfgNode) -> None:
     if not norms:
         return
     images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
-    size = norms[0].psi.buffer_size
+    size = norms[0].psi.size
     if not 16 <= images * size <= 64:
         logging.getLogger(__name__).warning(
             "MABN: the moving averages span %d images (%d images per worker x MODEL.MABN.BUFFER_SIZE "

@@ -5,8 +5,9 @@ from .brn import BRN2d
 from .centralized_conv import CenConv2d, CenConvTranspose2d, CentralizedKernel, centralize_kernel
 from .mabn import MABN2d
 from .mbn import MBN2d
-from .moving_average import MovingAverage
 from .norm import Norm2d
+from .options import check_options, checked, options_of
+from .ring_buffer import RingBuffer
 
 __all__ = [
     "BRN2d",
@@ -17,7 +18,10 @@ __all__ = [
     "GhostBatchNorm2d",
     "MABN2d",
     "MBN2d",
-    "MovingAverage",
     "Norm2d",
+    "RingBuffer",
     "centralize_kernel",
+    "check_options",
+    "checked",
+    "options_of",
 ]

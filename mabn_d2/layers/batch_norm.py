@@ -7,9 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..ops import add_affine_, channel_mean_var
-from .moving_average import exponential_average
 from .norm import Norm2d
 from .norm_batch import NormBatches
+from .ring_buffer import exponential_average
 
 
 class _NormalizeFunction(torch.autograd.Function):
@@ -93,11 +93,10 @@ class BatchStatisticsNorm2d(Norm2d, nn.BatchNorm2d):
             if (
                 batches.num > 1
             ):  # from those of each image's planes to those of its normalization batch
-                area = x.shape[2] * x.shape[3]
                 deviation = mean
-                mean = batches.total(mean * area) / counts
+                mean = batches.mean(mean)
                 deviation = deviation - batches.spread(mean)
-                var = batches.total((var + deviation.square()) * area) / counts
+                var = batches.mean(var + deviation.square())
             else:
                 mean, var = mean[None], var[None]
             return self._normalization(mean, var, counts)

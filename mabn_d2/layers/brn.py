@@ -8,7 +8,15 @@ Ioffe 2017, https://arxiv.org/abs/1702.03275
 import torch
 
 from .batch_norm import BatchStatisticsNorm2d, Normalization
-from .norm import check_options
+from .options import (
+    AtLeastOne,
+    Fraction,
+    NonNegativeNumber,
+    PositiveInteger,
+    PositiveNumber,
+    Schedule,
+    checked,
+)
 
 
 class BRN2d(BatchStatisticsNorm2d):
@@ -27,15 +35,16 @@ class BRN2d(BatchStatisticsNorm2d):
     normalization batch.
     """
 
+    @checked
     def __init__(
         self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.01,
-        r_max: float = 3.0,
-        r_max_iters: tuple[int, int] = (5000, 40000),
-        d_max: float = 5.0,
-        d_max_iters: tuple[int, int] = (5000, 25000),
+        num_features: PositiveInteger,
+        eps: PositiveNumber = 1e-5,
+        momentum: Fraction = 0.01,
+        r_max: AtLeastOne = 3.0,
+        r_max_iters: Schedule = (5000, 40000),
+        d_max: NonNegativeNumber = 5.0,
+        d_max_iters: Schedule = (5000, 25000),
         affine: bool = True,
         device=None,
         dtype=None,
@@ -55,11 +64,6 @@ class BRN2d(BatchStatisticsNorm2d):
         Raises:
             ValueError: an argument is out of its range.
         """
-        options = {
-            "num_features": num_features, "eps": eps, "momentum": momentum, "r_max": r_max,
-            "r_max_iters": r_max_iters, "d_max": d_max, "d_max_iters": d_max_iters,
-        }  # fmt: skip
-        check_options(options, lambda option: f"BRN2d: {option}")
         super().__init__(num_features, eps, momentum, affine)
         self.r_max, self.r_max_iters = r_max, tuple(r_max_iters)
         self.d_max, self.d_max_iters = d_max, tuple(d_max_iters)

@@ -1,5 +1,5 @@
 """
-Convolution with weight centralization, the half of MABN that lives outside of the norm.
+Convolutions with weight centralization, the half of MABN that lives outside of the norm.
 
 With a kernel whose mean is zero, the convolution's output has (nearly) zero mean, so the norm behind
 it needs no centering and two of BN's four batch statistics disappear.
@@ -9,38 +9,88 @@ ICLR 2020, section 4.3, https://arxiv.org/abs/2001.06838
 Authors' release: https://github.com/megvii-model/MABN (`CenConv2d`)
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from .mabn import MABN2d
 
-
-def centralize_kernel(weight: torch.Tensor) -> torch.Tensor:
+def centralize_kernel(weight: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
     """
-    W - mean(W), the mean over in-channels, height and width for each output channel.
+    W - mean(W) + m₀, the mean over in-channels, height and width for each output channel.
 
     Args:
         weight: kernel of shape (out_channels, in_channels / groups, kh, kw), any float dtype.
+        mean: m₀, the mean that the result has, shape (out_channels, 1, 1, 1); None is 0.
 
     Returns:
-        tensor of the same shape and dtype.
+        tensor of the weight's shape and dtype.
     """
-    return weight - weight.mean(dim=(1, 2, 3), keepdim=True)
+    now = weight.mean(dim=(1, 2, 3), keepdim=True)
+    return weight - (now if mean is None else now - mean.to(weight.dtype))
 
 
-class CenConv2d(nn.Conv2d):
+def can_be_centralized(convolution: nn.Module) -> bool:
+    """Whether a filter has more than one element; that of a depthwise 1x1 convolution would become 0."""
+    return convolution.weight.numel() > convolution.out_channels
+
+
+class CentralizedKernel:
     """
-    Convolution whose forward uses the centralized kernel when a :class:`MABN2d` follows it.
+    Mixin for convolutions whose forward uses the centralized kernel while `centralized` is true.
 
-    A drop-in for `detectron2.layers.Conv2d`: takes the same `norm` and `activation`. The parameter
-    stays the raw kernel under the name `weight`, so checkpoints load by name either way, and it
-    receives the gradient through the centralization.
+    The parameter stays the raw kernel under the name `weight`, so checkpoints load by name either
+    way, and it receives the gradient through the centralization.
 
-    Without a norm of its own the kernel is centralized: the MABN then stands beside the
-    convolution, as in `nn.Sequential(CenConv2d(...), MABN2d(...))`. With a norm of another kind
-    it is an ordinary convolution.
+    The forward of the class it is mixed into finds the centralized kernel as `self.weight`, on a copy of
+    the module that shares everything else: `class CenDeformConv(CentralizedKernel, DeformConv): pass`
+
+    Attributes:
+        centralized: whether the kernel in use is centralized.
+
+    Buffers:
+        kernel_mean: m₀, shape (out_channels, 1, 1, 1): the mean that each centralized filter keeps. It is 0
+            unless the weights were imported from a network whose kernels were not centralized.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._start_centralization()
+
+    def _start_centralization(self) -> None:
+        """Adds to a convolution what the mixin needs."""
+        mean = torch.zeros(self.out_channels, 1, 1, 1).to(self.weight)
+        self.register_buffer("kernel_mean", mean)
+        self.centralized = can_be_centralized(self)
+
+    def centralized_weight(self) -> torch.Tensor:
+        """The kernel in use, of the shape of `weight`."""
+        return centralize_kernel(self.weight, self.kernel_mean) if self.centralized else self.weight
+
+    def forward(self, *args, **kwargs):
+        if not self.centralized:
+            return super().forward(*args, **kwargs)
+        # A module that is running may be called by another thread: this one is not changed.
+        view = copy.copy(self)
+        view._parameters = {**self._parameters, "weight": self.centralized_weight()}
+        view.centralized = False
+        return view.forward(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """A file without m₀ is one of centralized kernels."""
+        if prefix + "weight" in state_dict:
+            state_dict.setdefault(prefix + "kernel_mean", torch.zeros_like(self.kernel_mean))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class CenConv2d(CentralizedKernel, nn.Conv2d):
+    """
+    Convolution whose forward uses the centralized kernel.
+
+    A drop-in for `detectron2.layers.Conv2d`: takes the same `norm` and `activation`. With a norm that does
+    not need it, it is an ordinary convolution. Without a norm of its own the kernel is centralized: the
+    MABN then stands beside the convolution, as in `nn.Sequential(CenConv2d(...), MABN2d(...))`.
     """
 
     def __init__(
@@ -59,35 +109,16 @@ class CenConv2d(nn.Conv2d):
         super().__init__(*args, **kwargs)
         self.norm = norm
         self.activation = activation
+        wants_it = norm is None or getattr(norm, "needs_centralized_kernel", False)
+        self.centralized = wants_it and can_be_centralized(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        centralized = self.norm is None or isinstance(self.norm, MABN2d)
-        weight = centralize_kernel(self.weight) if centralized else self.weight
-        x = self._conv_forward(x, weight, self.bias)
+        x = self._conv_forward(x, self.centralized_weight(), self.bias)
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:
             x = self.activation(x)
         return x
-
-
-class CentralizedKernel:
-    """
-    Mixin for convolutions with a forward of their own (deformable ones, for example).
-
-    The forward of the class it is mixed into finds the centralized kernel as `self.weight` for the
-    length of the call. `class CenDeformConv(CentralizedKernel, DeformConv): pass`
-    """
-
-    centralize_kernel = staticmethod(centralize_kernel)
-
-    def forward(self, *args, **kwargs):
-        raw = self.weight
-        self._parameters["weight"] = self.centralize_kernel(raw)
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            self._parameters["weight"] = raw
 
 
 class CenConvTranspose2d(CentralizedKernel, nn.ConvTranspose2d):
@@ -98,6 +129,10 @@ class CenConvTranspose2d(CentralizedKernel, nn.ConvTranspose2d):
     in-channels of the group, height and width for each output channel, as in a convolution.
     """
 
-    def centralize_kernel(self, weight: torch.Tensor) -> torch.Tensor:
-        grouped = weight.unflatten(0, (self.groups, -1))
-        return (grouped - grouped.mean(dim=(1, 3, 4), keepdim=True)).flatten(0, 1)
+    def centralized_weight(self) -> torch.Tensor:
+        if not self.centralized:
+            return self.weight
+        grouped = self.weight.unflatten(0, (self.groups, -1))  # (groups, in, out, kh, kw)
+        now = grouped.mean(dim=(1, 3, 4), keepdim=True)
+        mean = self.kernel_mean.to(now.dtype).view(self.groups, 1, -1, 1, 1)
+        return (grouped - (now - mean)).flatten(0, 1)

@@ -10,15 +10,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..ops import add_affine_, channel_dot
-from .moving_average import MovingAverage, exponential_average, record_and_average
-from .norm import Norm2d, check_options
+from ..ops import add_affine_, second_moment_about
+from .norm import Norm2d
 from .norm_batch import NormBatches
+from .options import (
+    AtLeastOne,
+    Fraction,
+    NonNegativeInteger,
+    PositiveInteger,
+    PositiveNumber,
+    checked,
+)
+from .ring_buffer import RingBuffer, exponential_average, record_and_average
 
 
 class _MABNFunction(torch.autograd.Function):
     """
-    out = γ·r·z + β with z = x / sqrt(χ̄² + ε), and the backward pass with a moving average of ψ.
+    out = γ·r·z + β with z = (x - s) / sqrt(χ̄² + ε), and the backward pass with a moving average of ψ.
 
     PyTorch's batch norm in its inference form is exactly the affine map of the forward pass, and
     its backward yields g / sqrt(χ̄² + ε), Σ d·z and Σ d in one fused call. What BN has no counterpart
@@ -28,34 +36,33 @@ class _MABNFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, weight, bias, second_moment, r, loss_scale, psi_values, psi_count, psi_warmup, eps,
-        norm_batch_size,
+        ctx, x, weight, bias, shift, second_moment, r, loss_scale, psi_values, psi_count,
+        warmup_iters, eps, norm_batch_size,
     ):  # fmt: skip
         batches = NormBatches(x.shape, norm_batch_size)
         scale = r if weight is None else r * weight  # γ·r
-        ctx.save_for_backward(x, scale, second_moment, r)
+        ctx.save_for_backward(x, scale, shift, second_moment, r)
         ctx.loss_scale, ctx.eps, ctx.norm_batch_size = loss_scale, eps, norm_batch_size
-        ctx.psi_values, ctx.psi_count, ctx.psi_warmup = psi_values, psi_count, psi_warmup
-        second_moment = batches.spread(second_moment)
+        ctx.psi_values, ctx.psi_count, ctx.warmup_iters = psi_values, psi_count, warmup_iters
+        spread = batches.spread
         out = F.batch_norm(
-            batches.split(x), torch.zeros_like(second_moment), second_moment,
-            batches.spread(scale), bias if bias is None else batches.spread(bias.expand_as(scale)),
-            training=False, eps=eps,
+            batches.split(x), spread(shift.expand_as(scale)), spread(second_moment), spread(scale),
+            bias if bias is None else spread(bias.expand_as(scale)), training=False, eps=eps,
         )  # fmt: skip
         return batches.join(out, x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d):
-        x, scale, second_moment, r = ctx.saved_tensors
+        x, scale, shift, second_moment, r = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         batches = NormBatches(x.shape, ctx.norm_batch_size)
-        d_planes, x_planes = batches.split(d), batches.split(x)
-        scales, moments = batches.spread(scale), batches.spread(second_moment)
-        zeros = torch.zeros_like(moments)
+        spread, x_planes = batches.spread, batches.split(x)
+        shifts, moments = spread(shift.expand_as(scale)), spread(second_moment)
         grad_x, sum_dz, sum_d = torch.ops.aten.native_batch_norm_backward(
-            d_planes, x_planes, scales, zeros, moments, zeros, (moments + ctx.eps).rsqrt(),
-            False, ctx.eps, [needs_x, needs_x or needs_weight, needs_bias],
+            batches.split(d), x_planes, spread(scale), shifts, moments,
+            shifts, (moments + ctx.eps).rsqrt(), False, ctx.eps,
+            [needs_x, needs_x or needs_weight, needs_bias],
         )  # fmt: skip
         if needs_x or needs_weight:
             sum_dz = batches.total(sum_dz)
@@ -63,14 +70,15 @@ class _MABNFunction(torch.autograd.Function):
             psi = scale * sum_dz / batches.counts(scale)  # ψ_B = mean(g·z)
             if ctx.loss_scale is not None:  # the buffer is in the unit of the unscaled loss
                 psi = psi / ctx.loss_scale
-            psi = record_and_average(psi, ctx.psi_values, ctx.psi_count, ctx.psi_warmup)
+            psi = record_and_average(psi, ctx.psi_values, ctx.psi_count, ctx.warmup_iters)
             if ctx.loss_scale is not None:
                 psi = psi * ctx.loss_scale
-            add_affine_(grad_x, x_planes, -batches.spread(psi) / (moments + ctx.eps))
+            slope = -spread(psi) / (moments + ctx.eps)
+            add_affine_(grad_x, x_planes, slope, -slope * shifts)
             grad_x = batches.join(grad_x, x)
         grad_weight = (r * sum_dz).sum(0) if needs_weight else None
         grad_bias = batches.total(sum_d).sum(0) if needs_bias else None
-        return (grad_x, grad_weight, grad_bias) + (None,) * 8
+        return (grad_x, grad_weight, grad_bias) + (None,) * 9
 
 
 class MABN2d(Norm2d):
@@ -100,21 +108,26 @@ class MABN2d(Norm2d):
         ∂L/∂x = (g - z·ψ̄) / sqrt(χ̄² + ε),   ∂L/∂γ = Σ d·r·z,   ∂L/∂β = Σ d
 
     In evaluation: out = γ·x / sqrt(χ̂² + ε) + β, an affine map that folds into the convolution.
+    All of this is about a constant shift s, `running_mean`: x above stands for x - s. It is 0 unless the
+    weights were imported from a norm that centers, whose mean it is then.
     While t ≤ m or t < `warmup_iters`, χ̄² = χ²_B and ψ̄ = ψ_B; while t ≤ `renorm_start_iter` or
     t ≤ `warmup_iters`, r = 1.
 
     With a `norm_batch_size`, an iteration is a normalization batch.
     """
 
+    needs_centralized_kernel = True
+
+    @checked
     def __init__(
         self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float = 0.02,
-        buffer_size: int = 16,
-        warmup_iters: int = 100,
-        renorm_clip: float = 5.0,
-        renorm_start_iter: int = 1000,
+        num_features: PositiveInteger,
+        eps: PositiveNumber = 1e-5,
+        momentum: Fraction = 0.02,
+        buffer_size: PositiveInteger = 16,
+        warmup_iters: NonNegativeInteger = 100,
+        renorm_clip: AtLeastOne = 5.0,
+        renorm_start_iter: NonNegativeInteger = 1000,
         affine: bool = True,
         device=None,
         dtype=None,
@@ -138,18 +151,6 @@ class MABN2d(Norm2d):
             ValueError: an argument is out of its range.
         """
         super().__init__()
-        check_options(
-            {
-                "num_features": num_features,
-                "eps": eps,
-                "momentum": momentum,
-                "buffer_size": buffer_size,
-                "warmup_iters": warmup_iters,
-                "renorm_clip": renorm_clip,
-                "renorm_start_iter": renorm_start_iter,
-            },
-            lambda option: f"MABN2d: {option}",
-        )
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -163,10 +164,10 @@ class MABN2d(Norm2d):
         else:
             self.register_parameter("weight", None)
             self.register_parameter("bias", None)
-        self.register_buffer("running_mean", None)
+        self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
-        self.second_moment = MovingAverage(num_features, buffer_size, warmup_iters)
-        self.psi = MovingAverage(num_features, buffer_size, warmup_iters)
+        self.second_moment = RingBuffer(buffer_size, num_features)
+        self.psi = RingBuffer(buffer_size, num_features)
         self.grad_scaler = None
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
@@ -179,15 +180,28 @@ class MABN2d(Norm2d):
         self, x: torch.Tensor, batches: NormBatches
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """χ̄² and r of this iteration, both of shape (G, C)."""
-        planes = batches.split(x)
-        sum_of_squares = batches.total(channel_dot(planes, planes, self.running_var.dtype))
-        second_moment = self.second_moment(sum_of_squares / batches.counts(sum_of_squares))
+        shift = batches.spread(self.running_mean.expand(batches.num, -1))
+        second_moment = batches.mean(second_moment_about(batches.split(x), shift))
+        ring = self.second_moment
+        second_moment = record_and_average(
+            second_moment, ring.values, ring.count, self._average_start_iter
+        )
         running_var = exponential_average(self.running_var, second_moment, self.momentum)
         if not self.renormalize:
             return second_moment, torch.ones_like(second_moment)
         r = ((second_moment + self.eps) / (running_var + self.eps)).sqrt()
         r = r.clamp(1 / self.renorm_clip, self.renorm_clip)
         return second_moment, torch.where(self._may_renormalize(batches.num), r, 1.0)
+
+    @torch.no_grad()
+    def set_population_statistics(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+        self.running_var.copy_(var + (mean - self.running_mean).square())
+
+    @property
+    def _average_start_iter(self) -> int:
+        """The last iteration with χ̄² = χ²_B and ψ̄ = ψ_B."""
+        # The release compares with `t <= m or t < warmup_iters`, t counted from 1.
+        return max(self.psi.size, self.warmup_iters - 1)
 
     def _may_renormalize(self, num: int) -> torch.Tensor:
         """For each of the last `num` normalization batches, whether r may differ from 1: (num, 1)."""
@@ -202,12 +216,17 @@ class MABN2d(Norm2d):
         if self.grad_scaler is not None:  # `scale` does not wait for the device
             loss_scale = self.grad_scaler.scale(torch.ones_like(r[0, 0]))
         return _MABNFunction.apply(
-            x, self._float(self.weight), self._float(self.bias), second_moment, r, loss_scale,
-            self.psi.values, self.psi.count, self.psi.warmup_iters, self.eps, self.norm_batch_size,
+            x, self._float(self.weight), self._float(self.bias), self.running_mean, second_moment, r,
+            loss_scale, self.psi.values, self.psi.count, self._average_start_iter, self.eps,
+            self.norm_batch_size,
         )  # fmt: skip
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        """Also takes the keys of the authors' release."""
+        """
+        Also takes the keys of the authors' release, and files without a shift.
+
+        The mean of a norm that centers is not a shift by itself: it belongs to the uncentralized kernel.
+        """
         if prefix + "iters" in state_dict:
             count = state_dict.pop(prefix + "iters").reshape(())
             running_var = state_dict[prefix + "running_var"]
@@ -217,12 +236,17 @@ class MABN2d(Norm2d):
                 values = state_dict.pop(prefix + theirs).roll(-1, 0)
                 state_dict[f"{prefix}{ours}.values"] = values
                 state_dict[f"{prefix}{ours}.count"] = count.clone()
+        is_ours = prefix + "psi.count" in state_dict
+        if prefix + "running_var" in state_dict and not (
+            is_ours and prefix + "running_mean" in state_dict
+        ):
+            state_dict[prefix + "running_mean"] = torch.zeros_like(self.running_mean)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({self.num_features}, eps={self.eps}, "
-            f"momentum={self.momentum}, buffer_size={self.psi.buffer_size}, "
+            f"momentum={self.momentum}, buffer_size={self.psi.size}, "
             f"warmup_iters={self.warmup_iters}, renorm_clip={self.renorm_clip}, "
             f"renorm_start_iter={self.renorm_start_iter}, affine={self.affine})"
         )

@@ -8,24 +8,8 @@ https://arxiv.org/abs/2010.04947
 import torch
 
 from .batch_norm import BatchStatisticsNorm2d, Normalization
-from .moving_average import Statistics, record
-from .norm import check_options
-
-
-class Memory(Statistics):
-    """
-    The statistics of the last `size` batches.
-
-    Buffers:
-        values: float tensor of shape (size, 2, num_features), means and biased variances.
-        count: int64 tensor of shape (), how many batches were recorded since the start.
-    """
-
-    def __init__(self, num_features: int, size: int):
-        super().__init__()
-        self.size = size
-        self.register_buffer("values", torch.zeros(size, 2, num_features))
-        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+from .options import Fraction, PositiveInteger, PositiveNumber, checked
+from .ring_buffer import RingBuffer
 
 
 class MBN2d(BatchStatisticsNorm2d):
@@ -58,13 +42,14 @@ class MBN2d(BatchStatisticsNorm2d):
     is. With a `norm_batch_size`, each normalization batch is remembered.
     """
 
+    @checked
     def __init__(
         self,
-        num_features: int,
-        eps: float = 1e-5,
-        memory_size: int = 16,
-        current_weight: float = 0.5,
-        decay: float = 0.9,
+        num_features: PositiveInteger,
+        eps: PositiveNumber = 1e-5,
+        memory_size: PositiveInteger = 16,
+        current_weight: Fraction = 0.5,
+        decay: Fraction = 0.9,
         affine: bool = True,
         device=None,
         dtype=None,
@@ -82,20 +67,16 @@ class MBN2d(BatchStatisticsNorm2d):
         Raises:
             ValueError: an argument is out of its range.
         """
-        options = {
-            "num_features": num_features, "eps": eps, "memory_size": memory_size,
-            "current_weight": current_weight, "decay": decay,
-        }  # fmt: skip
-        check_options(options, lambda option: f"MBN2d: {option}")
         super().__init__(num_features, eps, affine=affine)
         self.current_weight = current_weight
         self.decay = decay
-        self.memory = Memory(num_features, memory_size)
+        # Of each batch, its means and biased variances.
+        self.memory = RingBuffer(memory_size, 2, num_features)
         self.to(device=device, dtype=dtype)
 
     def _normalization(self, mean, var, counts):
         memory = self.memory
-        recorded = record(torch.stack([mean, var], 1), memory.values, memory.count)
+        recorded = memory.push(torch.stack([mean, var], 1))
         weights = self._weights(recorded.counts)
         means, variances = recorded.windows.unbind(2)  # (G, k, C)
         mean = (weights * means).sum(1)

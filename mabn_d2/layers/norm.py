@@ -1,48 +1,13 @@
 """What the norms of this package have in common."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .moving_average import Statistics
 from .norm_batch import NormBatches
-
-
-def _is_schedule(value) -> bool:
-    return len(value) == 2 and 0 <= value[0] <= value[1]
-
-
-# What the options of all norms take: in words, and as a test.
-_ACCEPTED = {
-    "num_features": ("a positive integer", lambda value: value >= 1),
-    "eps": ("a positive number", lambda value: value > 0),
-    "momentum": ("a number in (0, 1]", lambda value: 0 < value <= 1),
-    "buffer_size": ("a positive integer", lambda value: value >= 1),
-    "warmup_iters": ("a non-negative integer", lambda value: value >= 0),
-    "renorm_clip": ("a number of at least 1", lambda value: value >= 1),
-    "renorm_start_iter": ("a non-negative integer", lambda value: value >= 0),
-    "r_max": ("a number of at least 1", lambda value: value >= 1),
-    "r_max_iters": ("two iterations (start, end), 0 <= start <= end", _is_schedule),
-    "d_max": ("a non-negative number", lambda value: value >= 0),
-    "d_max_iters": ("two iterations (start, end), 0 <= start <= end", _is_schedule),
-    "memory_size": ("a positive integer", lambda value: value >= 1),
-    "current_weight": ("a number in (0, 1]", lambda value: 0 < value <= 1),
-    "decay": ("a number in (0, 1]", lambda value: 0 < value <= 1),
-}
-
-
-def check_options(options: dict[str, Any], describe: Callable[[str], str]) -> None:
-    """
-    Raises:
-        ValueError: an option is out of its range. The message begins with `describe(option)`.
-    """
-    for option, value in options.items():
-        accepted, is_accepted = _ACCEPTED[option]
-        if not is_accepted(value):
-            raise ValueError(f"{describe(option)} must be {accepted}, got {value}")
+from .ring_buffer import Statistics
 
 
 def _in_backward() -> bool:
@@ -55,14 +20,16 @@ class Norm2d(Statistics):
     A norm over a 4-D input (N, C, H, W) that gathers statistics in training and is an affine map
     per channel in evaluation.
 
-    A subclass has `num_features`, `eps`, `affine`, `weight`, `bias`, `running_var` and `running_mean`,
-    the latter None where it does not center, and implements :meth:`_update_statistics` and :meth:`_normalize`.
+    A subclass has `num_features`, `eps`, `affine`, `weight`, `bias`, `running_mean` and `running_var`,
+    and implements :meth:`_update_statistics` and :meth:`_normalize`.
 
     If the affine parameters do not require grad, the layer is frozen: it normalizes with the
     running statistics and updates nothing, as `FrozenBatchNorm2d` does. An empty input is passed
     through the evaluation's map and leaves no trace in the statistics.
     """
 
+    # Whether the convolution in front needs a kernel of mean zero, as the norm does not center.
+    needs_centralized_kernel: bool = False
     # Images in a normalization batch, see `norm_batch.py`; 0 stands for all of the input's.
     norm_batch_size: int = 0
     # Off, nothing pulls the output towards the running statistics.
@@ -109,6 +76,17 @@ class Norm2d(Statistics):
         """The output in training."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def set_population_statistics(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+        """
+        Makes evaluation use the moments of the whole population.
+
+        Args:
+            mean, var: of the norm's input, the variance biased; shape (C,).
+        """
+        self.running_mean.copy_(mean)
+        self.running_var.copy_(var)
+
     def _float(self, parameter: nn.Parameter | None) -> torch.Tensor | None:
         """The parameter in the type of the statistics, which `.half()` leaves as they are."""
         return None if parameter is None else parameter.to(self.running_var.dtype)
@@ -121,11 +99,8 @@ class Norm2d(Statistics):
             return torch.addcmul(
                 shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None]
             )
-        mean = self.running_mean
-        if mean is None:
-            mean = torch.zeros_like(self.running_var)
         return F.batch_norm(
-            x, mean, self.running_var, self._float(self.weight), self._float(self.bias),
+            x, self.running_mean, self.running_var, self._float(self.weight), self._float(self.bias),
             training=False, eps=self.eps,
         )  # fmt: skip
 
@@ -135,4 +110,4 @@ class Norm2d(Statistics):
         if self.affine:
             scale = scale * self.weight
         shift = torch.zeros_like(scale) if self.bias is None else self.bias
-        return scale, shift if self.running_mean is None else shift - scale * self.running_mean
+        return scale, shift - scale * self.running_mean

@@ -55,6 +55,13 @@ class NormBatches:
         padded = F.pad(sums.view(n, c), (0, 0, 0, self.num * self.size - n))
         return padded.view(self.num, self.size, c).sum(1)
 
+    def mean(self, means: torch.Tensor) -> torch.Tensor:
+        """Means per channel of :meth:`split`'s result as those of each normalization batch: (G, C)."""
+        if self.num == 1:
+            return means[None]
+        area = self.shape[2] * self.shape[3]
+        return self.total(means * area) / self.counts(means)
+
     def spread(self, statistic: torch.Tensor) -> torch.Tensor:
         """A statistic of shape (G, C) for the channels of :meth:`split`'s result."""
         if self.num == 1:

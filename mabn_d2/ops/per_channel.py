@@ -4,25 +4,27 @@ import torch
 from torch.nn import functional as F
 
 
-def channel_dot(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def second_moment_about(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """
-    Σ a·b over all but the channel dimension, accumulated in `dtype`.
+    mean((x - shift)²) over all but the channel dimension, accumulated in the dtype of `shift`.
 
-    BN's backward contains this reduction, fused and without a temporary; nothing else in PyTorch
-    offers it at that speed.
+    BN's backward contains the reductions Σ x·(x - shift) and Σ x, fused and without a temporary;
+    nothing else in PyTorch offers them at that speed.
 
     Args:
-        a, b: shape (N, C, H, W).
+        x: shape (N, C, H, W), not empty.
+        shift: shape (C,).
 
     Returns:
-        tensor of shape (C,), type `dtype`.
+        tensor of shape (C,), type of `shift`.
     """
-    ones = torch.ones(a.shape[1], dtype=dtype, device=a.device)
-    zeros = torch.zeros_like(ones)
+    count = x.numel() // x.shape[1]
+    ones = torch.ones_like(shift)
     # The saved statistics are not used without `train`, but some CUDA kernels insist on them.
-    return torch.ops.aten.native_batch_norm_backward(
-        a, b, ones, zeros, ones, zeros, ones, False, 0.0, [False, True, False]
-    )[1]
+    _, dot, total = torch.ops.aten.native_batch_norm_backward(
+        x, x, ones, shift, ones, shift, ones, False, 0.0, [False, True, True]
+    )
+    return ((dot - shift * total) / count + shift.square()).clamp(min=0)
 
 
 def channel_mean_var(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

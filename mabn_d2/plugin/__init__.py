@@ -1,9 +1,15 @@
 """MABN in Detectron2: its options, the registry of norms, and what is plugged in where."""
 
 from ..utils import needs_detectron2  # noqa: F401
-from .config import add_mabn_config, load_config, norm_options
+from .config import add_mabn_config, load_config
 from .install import install, uninstall
-from .registry import DETECTRON2_NORMS, NORM_REGISTRY, check_norm_name, check_norm_names
+from .registry import (
+    DETECTRON2_NORMS,
+    NORM_REGISTRY,
+    check_norm_name,
+    check_norm_names,
+    norm_options,
+)
 
 __all__ = [
     "DETECTRON2_NORMS",

@@ -25,16 +25,23 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.roi_heads import ROIHeads
 from torch import nn
 
-from ..layers import CenConv2d, CentralizedKernel, MABN2d
+from ..layers import CenConv2d, CentralizedKernel
 from ..surgery import (
     CENTRALIZED_CLASSES,
     centralize,
     centralize_convolution,
+    needs_centralized_kernel,
     set_norm_batch_size,
 )
 from ..training import follow_grad_scaler
-from .config import norm_options
-from .registry import DETECTRON2_NORMS, NORM_REGISTRY, _options, check_norm_name
+from .registry import (
+    DETECTRON2_NORMS,
+    check_norm_name,
+    create_norm,
+    norm_options,
+    norm_types,
+    options_of_model,
+)
 
 logger = logging.getLogger(__name__)
 # Over how many feature levels the head under construction is shared; 0 outside of such a head.
@@ -64,10 +71,10 @@ def _extend_get_norm(original: Callable) -> Callable:
         if not isinstance(norm, str) or norm == "" or norm in DETECTRON2_NORMS:
             return original(norm, out_channels)
         check_norm_name(norm, "The norm")
-        create = NORM_REGISTRY.get(norm)
         if _num_levels.get():
+            create = functools.partial(create_norm, norm)
             return CycleBatchNormList(_num_levels.get(), create, num_features=out_channels)
-        return create(out_channels)
+        return create_norm(norm, out_channels)
 
     return get_norm
 
@@ -77,9 +84,9 @@ def _centralize_what_is_built(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def build(cfg, *args, **kwargs):
-        if _options.get() is not None:  # a part of a model under construction
+        if options_of_model.get() is not None:  # a part of a model under construction
             return original(cfg, *args, **kwargs)
-        with _set(_options, _norm_options(cfg)):
+        with _set(options_of_model, _norm_options(cfg)):
             built = original(cfg, *args, **kwargs)
         if isinstance(built, nn.Module):
             centralize(built)
@@ -127,7 +134,7 @@ def _centralize_in_constructor(original: Callable) -> Callable:
     @functools.wraps(original)
     def init(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        if isinstance(self.norm, MABN2d) and type(self) in CENTRALIZED_CLASSES:
+        if needs_centralized_kernel(self.norm) and type(self) in CENTRALIZED_CLASSES:
             centralize_convolution(self)
 
     return init
@@ -164,7 +171,7 @@ def _decay_like_other_norms(original: Callable) -> Callable:
         ours = {
             parameter
             for module in given.arguments["model"].modules()
-            if isinstance(module, MABN2d)
+            if isinstance(module, tuple(norm_types))
             for name, parameter in module.named_parameters(recurse=False)
             if name not in decayed_by_name
         }

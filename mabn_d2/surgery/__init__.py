@@ -2,7 +2,7 @@
 
 from .centralization import CENTRALIZED_CLASSES, centralize, centralize_convolution
 from .norm_batches import set_norm_batch_size
-from .sites import NormSite, find_norm_sites, is_mabn
+from .sites import NormSite, find_norm_sites, needs_centralized_kernel
 
 __all__ = [
     "CENTRALIZED_CLASSES",
@@ -10,6 +10,6 @@ __all__ = [
     "centralize",
     "centralize_convolution",
     "find_norm_sites",
-    "is_mabn",
+    "needs_centralized_kernel",
     "set_norm_batch_size",
 ]

@@ -5,9 +5,11 @@ import logging
 from torch import nn
 
 from ..layers import CenConv2d, CenConvTranspose2d
+from ..layers.centralized_conv import can_be_centralized
 from .sites import NormSite, find_norm_sites
 
 logger = logging.getLogger(__name__)
+
 # Class of a convolution -> its centralized counterpart, which differs in forward only.
 CENTRALIZED_CLASSES: dict[type, type] = {
     nn.Conv2d: CenConv2d,
@@ -23,6 +25,7 @@ def centralize_convolution(convolution: nn.Module) -> None:
         KeyError: the class has no centralized counterpart.
     """
     convolution.__class__ = CENTRALIZED_CLASSES[type(convolution)]
+    convolution._start_centralization()
     for name in ("norm", "activation"):
         if not hasattr(convolution, name):
             setattr(convolution, name, None)
@@ -39,7 +42,7 @@ def centralize(model: nn.Module) -> list[NormSite]:
     """
     sites = find_norm_sites(model)
     for site in sites:
-        if type(site.convolution) in CENTRALIZED_CLASSES:
+        if type(site.convolution) in CENTRALIZED_CLASSES and can_be_centralized(site.convolution):
             centralize_convolution(site.convolution)
     if sites:
         count = sum(site.centralized for site in sites)

@@ -59,8 +59,4 @@ def population_statistics(model: nn.Module) -> Iterator[None]:
     for norm, moment in zip(norms, moments):
         if not moment.count:
             continue
-        if norm.running_mean is None:  # MABN's running_var is a second moment
-            norm.running_var.copy_(moment.var + moment.mean.square())
-        else:
-            norm.running_mean.copy_(moment.mean)
-            norm.running_var.copy_(moment.var)
+        norm.set_population_statistics(moment.mean, moment.var)

@@ -13,6 +13,7 @@ from .weights import (
     found,
     is_resnet,
     merge,
+    norm_of,
     pixels,
     rename,
     resnet_config,
@@ -165,7 +166,7 @@ def convert_release(checkpoint: dict[str, Any], path: str) -> Weights:
             "detectors of maskrcnn-benchmark (backbone.body.stem.conv1.weight, ...) and ResNets "
             "(conv1.weight, layer1.0.conv1.weight, ...)"
         )
-    if not detector and "bn1.running_mean" in state_dict:
+    if not detector and norm_of(state_dict) == "BN":
         raise ValueError(
             f"{path} is not of the MABN release: its norms are BN (bn1.running_mean), accepted "
             "with --from torchvision"

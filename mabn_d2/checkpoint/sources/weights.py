@@ -38,10 +38,15 @@ class Weights(NamedTuple):
 
     @property
     def norm(self) -> str:
-        """'MABN', 'BN' or '', told by the statistics."""
-        if any(key.endswith(".psi.count") for key in self.state_dict):
-            return "MABN"
-        return "BN" if any(re.search(r"running_mean|_bn_", key) for key in self.state_dict) else ""
+        """:func:`norm_of` the state dict."""
+        return norm_of(self.state_dict)
+
+
+def norm_of(state_dict: StateDict) -> str:
+    """'MABN', 'BN' or '', told by the statistics."""
+    if any(key.endswith(".psi.count") for key in state_dict):
+        return "MABN"
+    return "BN" if any(re.search(r"running_mean|_bn_", key) for key in state_dict) else ""
 
 
 def _is_array(value: Any) -> bool:
@@ -110,7 +115,7 @@ def resnet_name(key: str) -> str | None:
     module = "shortcut" if kind == "downsample." else f"conv{number}"
     if kind == "bn" or (kind, number) == ("downsample.", "1"):
         module += ".norm"
-    elif tensor != "weight":
+    elif tensor not in ("weight", "kernel_mean"):
         return None
     place = "stem" if stage is None else f"res{int(stage) + 1}.{block}"
     return f"{place}.{module}.{tensor}"
