@@ -1,8 +1,8 @@
 """
 The tiny models, data and runs behind the files in data/v0.1.0.
 
-Everything here uses what the documents of version 0.1.0 name and nothing else of the package, so
-that the same code makes the files with that version and reads them with any later one.
+The same code makes the files with that version and reads them with any later one, so it uses what
+users of both import and nothing else of the package.
 """
 
 import json
@@ -33,8 +33,12 @@ from torch.nn import functional as F
 
 from mabn_d2 import MABN2d, add_mabn_config
 from mabn_d2.classification import Classifier
-from mabn_d2.data.classification import ClassificationTrainLoader
 from mabn_d2.engine import LazyTrainer, Trainer
+
+try:
+    from mabn_d2.classification.data import ClassificationTrainLoader
+except ModuleNotFoundError:  # its place in version 0.1.0
+    from mabn_d2.data.classification import ClassificationTrainLoader
 
 FOLDER = Path(__file__).parent / "data" / "v0.1.0"
 NORMS = ("BN", "BRN", "MBN", "MABN")
