@@ -49,6 +49,7 @@ _ACCEPTED: dict[str, Accepted] = {
 _ACCEPTED_IF_THERE: dict[str, Accepted] = {
     "dataloader.train.total_batch_size": POSITIVE_INTEGER,
     "dataloader.train.num_workers": NON_NEGATIVE_INTEGER,
+    "dataloader.train.mapper.instance_mask_format": one_of("polygon", "bitmask"),
     "dataloader.test.num_workers": NON_NEGATIVE_INTEGER,
 }
 
