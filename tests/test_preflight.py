@@ -18,6 +18,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from mabn_d2 import add_mabn_config
 from mabn_d2.data import make_synthetic_coco
+from mabn_d2.data.loader import build_train_loader
 from mabn_d2.engine import Trainer, load_lazy_config, preflight
 from mabn_d2.engine.preflight.values import leaves
 
@@ -448,15 +449,22 @@ def test_a_data_set_without_an_evaluator_is_warned_of_and_trained_with(
     assert (tmp_path / "model_final.pth").exists()
 
 
-def test_the_training_data_is_read_once_and_only_for_training(shapes, tmp_path, register):
+def test_the_training_data_is_read_once_by_a_single_worker(shapes, tmp_path, register):
     reads = []
     name = register(None)
     DatasetCatalog.remove(name)
     DatasetCatalog.register(name, lambda: reads.append(1) or [image(tmp_path, annotation())])
-    check(config([name, shapes[1]], tmp_path), "--eval-only")
+    cfg = config([name, shapes[1]], tmp_path)
+    check(cfg, "--eval-only")
     assert len(reads) == 0
-    check(config([name, shapes[1]], tmp_path))
+    check(cfg)
+    build_train_loader(cfg)  # takes over what was read
     assert len(reads) == 1
+    build_train_loader(cfg)
+    assert len(reads) == 2
+    check(cfg, "--num-gpus", "2")  # whose workers read it themselves
+    build_train_loader(cfg)
+    assert len(reads) == 4
 
 
 # ---- LazyConfigs ---------------------------------------------------------------------------------

@@ -47,7 +47,6 @@ _ACCEPTED: dict[str, Accepted] = {
 }
 # Of the configs that have them.
 _ACCEPTED_IF_THERE: dict[str, Accepted] = {
-    "dataloader.train.total_batch_size": POSITIVE_INTEGER,
     "dataloader.train.num_workers": NON_NEGATIVE_INTEGER,
     "dataloader.train.mapper.instance_mask_format": one_of("polygon", "bitmask"),
     "dataloader.test.num_workers": NON_NEGATIVE_INTEGER,
@@ -92,7 +91,8 @@ def check_lazy_config(
         if key.endswith("norm") and isinstance(value, str):
             check_norm_name(value, key)
     batch = entries.get("dataloader.train.total_batch_size")
-    if not eval_only and batch is not None and batch % num_workers:
+    is_right = batch is None or POSITIVE_INTEGER.test(batch) and batch % num_workers == 0
+    if not (eval_only or is_right):
         raise ValueError(
             "dataloader.train.total_batch_size must be a positive multiple of the number of workers "
             f"({num_workers}), got {batch}"
@@ -105,7 +105,7 @@ def check_lazy_config(
     for key, value in entries.items():
         if isinstance(value, dict) and "_target_" in value:
             if not (eval_only and key.startswith("dataloader.train.")):
-                warnings += _check_call(key, value, entries)
+                warnings += _check_call(key, value, entries, hand_over=num_workers == 1)
     return warnings
 
 
@@ -117,7 +117,9 @@ def items(node: dict | list, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from items(value, f"{prefix}{key}.")
 
 
-def _check_call(key: str, call: dict[str, Any], entries: dict[str, Any]) -> list[str]:
+def _check_call(
+    key: str, call: dict[str, Any], entries: dict[str, Any], hand_over: bool
+) -> list[str]:
     """Looks at the data set, if the call makes or evaluates one; returns warnings."""
     target = call["_target_"]
     target = locate(target) if isinstance(target, str) else target
@@ -128,7 +130,9 @@ def _check_call(key: str, call: dict[str, Any], entries: dict[str, Any]) -> list
             check_dataset(name, f"{key}.names")
             if key.startswith("dataloader.train."):
                 with quiet():
-                    warnings += check_training_data(name, f"{key}.names", _needs(entries))
+                    warnings += check_training_data(
+                        name, f"{key}.names", _needs(entries), hand_over
+                    )
     elif target is COCOEvaluator:
         name = call["dataset_name"]
         names = [name] if isinstance(name, str) else name
