@@ -14,17 +14,31 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from mabn_d2.checkpoint import Checkpointer
-from mabn_d2.data import register_shapes
 from mabn_d2.engine import LazyTrainer, check_lazy_config, load_lazy_config
+from mabn_d2.engine.resumable import check_num_workers
+from mabn_d2.plugin.command_line import add_arguments, bring_in, set_lazy_num_classes
 
 
 def setup(args):
     """The config of the command line's file and overrides."""
-    register_shapes()
+    bring_in(args)
     cfg = load_lazy_config(args.config_file, args.opts)
+    set_lazy_num_classes(cfg, args)
+    return cfg
+
+
+def check(cfg, args):
+    """
+    Finds mistakes before any worker starts.
+
+    Raises:
+        ValueError, FileNotFoundError: those of `check_lazy_config`, or the run to resume does not go
+            with the number of workers.
+    """
     num_workers = args.num_gpus * args.num_machines
     check_lazy_config(cfg, num_workers, eval_only=args.eval_only, resume=args.resume)
-    return cfg
+    if args.resume and not args.eval_only:
+        check_num_workers(cfg.train.output_dir, num_workers)
 
 
 def main(args):
@@ -45,9 +59,9 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    try:  # a mistake in the config is reported before any worker starts
-        setup(args)
+    args = add_arguments(default_argument_parser()).parse_args()
+    try:
+        check(setup(args), args)
     except (ValueError, OSError) as error:
         sys.exit(f"lazyconfig_train_net.py: error: {error}")
     launch(

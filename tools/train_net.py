@@ -9,47 +9,51 @@ Takes the options of Detectron2's own `tools/train_net.py`. On a machine without
 import sys
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from mabn_d2 import add_mabn_config
 from mabn_d2.checkpoint import Checkpointer
-from mabn_d2.data import register_shapes
 from mabn_d2.engine import Trainer
 from mabn_d2.engine.preflight import check_dataset, check_weights
-from mabn_d2.plugin import check_norm_names, norm_options
+from mabn_d2.engine.resumable import check_num_workers
+from mabn_d2.plugin import check_batch, load_config, scaling_notice
+from mabn_d2.plugin.command_line import add_arguments, bring_in, set_num_classes
 
 
 def setup(args):
     """The frozen config of the command line's file and options."""
-    register_shapes()
-    cfg = get_cfg()
-    add_mabn_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    norm_options(cfg)
-    check_norm_names(cfg)
-    check_files(cfg, args)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    bring_in(args)
+    cfg = load_config(args.config_file, args.opts)
+    set_num_classes(cfg, args)
     cfg.freeze()
     return cfg
 
 
-def check_files(cfg, args):
+def check(cfg, args):
     """
+    Finds mistakes before any worker starts, and says what becomes of what the command line gives.
+
     Raises:
-        ValueError: a data set or the weights are not where the config says.
+        ValueError: a data set or the weights are not where the config says, or the batch or the
+            run to resume do not go with the number of workers.
     """
+    num_workers = args.num_gpus * args.num_machines
     names = {"TRAIN": () if args.eval_only else cfg.DATASETS.TRAIN, "TEST": cfg.DATASETS.TEST}
     for split, split_names in names.items():
         for name in split_names:
             check_dataset(name, f"DATASETS.{split}")
     if not args.resume:
         check_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
+    if args.eval_only:
+        return
+    check_batch(cfg, num_workers)
+    if args.resume:
+        check_num_workers(cfg.OUTPUT_DIR, num_workers)
+    notice = scaling_notice(cfg, args.opts, num_workers)
+    if notice:
+        print(notice, flush=True)
 
 
 def main(args):
@@ -73,10 +77,10 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    try:  # a wrong option is reported before any worker starts
-        setup(args)
-    except (ValueError, KeyError, AssertionError, OSError) as error:
+    args = add_arguments(default_argument_parser()).parse_args()
+    try:
+        check(setup(args), args)
+    except (ValueError, OSError) as error:
         sys.exit(f"train_net.py: error: {error}")
     launch(
         main,

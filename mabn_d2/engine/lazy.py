@@ -14,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from ..plugin.scaling import scale_lazy_config
 from .hooks import DoubleForward, FinalCheckpoint, SyncNormStatistics
 from .preflight import items
 from .resumable import ResumableTrainer
@@ -23,6 +24,7 @@ _PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 _DEFAULTS = {
     "seed": -1,  # of all random choices; a negative one stands for a random seed
     "double_forward": False,  # whether MBN renews its memory after each step
+    "reference_world_size": 0,  # as SOLVER.REFERENCE_WORLD_SIZE, see plugin/scaling.py
 }
 
 
@@ -88,7 +90,7 @@ class LazyTrainer(ResumableTrainer):
         Args:
             cfg: of :func:`load_lazy_config`.
         """
-        self.cfg = cfg
+        self.cfg = cfg = scale_lazy_config(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         params = {**cfg.optimizer.params, "model": model}
         optimizer = instantiate({**cfg.optimizer, "params": params})

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..plugin.registry import check_norm_name
+from ..plugin.scaling import check_lazy_batch
 
 
 def check_dataset(name: str, key: str) -> None:
@@ -62,17 +63,13 @@ def check_lazy_config(cfg: DictConfig, num_workers: int, eval_only: bool, resume
     except OmegaConfBaseException as e:
         raise ValueError(str(e).splitlines()[0]) from e
     for key, value in entries:
-        if key.endswith("norm") and isinstance(value, str):
+        if key.endswith("norm"):
             check_norm_name(value, key)
         if isinstance(value, dict) and "_target_" in value:
             if not (eval_only and key.startswith("dataloader.train.")):
                 _check_call(key, value)
-    batch = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
-    if not eval_only and batch is not None and (batch < 1 or batch % num_workers):
-        raise ValueError(
-            "dataloader.train.total_batch_size must be a positive multiple of the number of workers "
-            f"({num_workers}), got {batch}"
-        )
+    if not eval_only:
+        check_lazy_batch(cfg, num_workers)
     if not resume:
         check_weights(cfg.train.init_checkpoint, "train.init_checkpoint")
 
