@@ -143,10 +143,10 @@ def norm_options(cfg: CfgNode) -> dict[str, dict[str, Any]]:
 
 def option_of_key(key: str) -> tuple[Callable, str] | None:
     """The registered norm and its option behind a key like "MODEL.MABN.EPS"; None for other keys."""
-    node, _, option = key.lower().rpartition(".")
+    node, _, option = key.rpartition(".")
     for name, norm in NORM_REGISTRY:
-        if node == f"model.{name}".lower() and option in options_of(norm):
-            return norm, option
+        if node == f"MODEL.{name}" and option.lower() in options_of(norm):
+            return norm, option.lower()
     return None
 
 
