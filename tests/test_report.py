@@ -84,7 +84,7 @@ def load_tool():
 def error_of(monkeypatch, capsys, *arguments):
     """What the tool prints when it fails."""
     tool = load_tool()
-    monkeypatch.setattr(tool, "register_shapes", lambda: None)  # the fixture has done it
+    monkeypatch.setattr(tool, "bring_in", lambda arguments: None)  # the fixture has done it
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
     assert tool.main() == 2
     out, err = capsys.readouterr()
