@@ -23,6 +23,7 @@ from detectron2.engine import AMPTrainer
 from detectron2.layers import CycleBatchNormList, DeformConv, ModulatedDeformConv
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.roi_heads import ROIHeads
+from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 from torch import nn
 
 from ..layers import CenConv2d, CentralizedKernel
@@ -34,6 +35,7 @@ from ..surgery import (
     set_norm_batch_size,
 )
 from ..training import follow_grad_scaler
+from ..training.double_forward import second_forward_contexts
 from .registry import (
     DETECTRON2_NORMS,
     check_norm_name,
@@ -194,6 +196,13 @@ def _split(group: dict[str, Any], norms: set, weight_decay: float) -> Iterator[d
 
 
 @contextlib.contextmanager
+def _events_dropped() -> Iterator[None]:
+    """An event storage that nobody reads takes the place of the loop's."""
+    with EventStorage(get_event_storage().iter if has_event_storage() else 0):
+        yield
+
+
+@contextlib.contextmanager
 def _set(variable: ContextVar, value):
     token = variable.set(value)
     try:
@@ -222,6 +231,7 @@ def install() -> None:
     Called when the package is imported. Calling it again also reaches what was imported since.
     """
     if not _replaced_functions:
+        second_forward_contexts.append(_events_dropped)
         for original, extend in [
             (detectron2.layers.get_norm, _extend_get_norm),
             (detectron2.modeling.build_model, _centralize_what_is_built),
@@ -252,5 +262,7 @@ def uninstall() -> None:
         _replace_everywhere(replacement, original)
     for cls, constructor in _replaced_constructors.items():
         cls.__init__ = constructor
+    if _replaced_functions:
+        second_forward_contexts.remove(_events_dropped)
     _replaced_functions.clear()
     _replaced_constructors.clear()
