@@ -510,7 +510,7 @@ def test_options_of_one_model_do_not_leak_into_the_next():
     add_mabn_config(cfg)
     cfg.MODEL.MABN.BUFFER_SIZE = 3
     build_with(shrink(cfg), "MABN")
-    assert get_norm("MABN", 8).second_moment.buffer_size == 16
+    assert get_norm("MABN", 8).second_moment.size == 16
 
 
 # ---- installation --------------------------------------------------------------------------------
