@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mabn_d2 import BRN2d, MABN2d, MBN2d, centralize, set_norm_batch_size
+from mabn_d2 import BRN2d, DoubleForward, MABN2d, MBN2d, centralize, set_norm_batch_size
 from mabn_d2.statistics import StatisticsRecorder
 
 NORMS = {
@@ -120,10 +120,10 @@ def test_the_share_of_clipped_channels_is_counted():
     x = torch.ones(2, 4, 3, 3, dtype=torch.float64)
     x[:, 1] *= 5
     x[:, 2] *= 0.01
-    with StatisticsRecorder(nn.Sequential(norm)) as recorder:
-        norm(x)
-        norm(x)
-        norm(x)
+    model = nn.Sequential(norm)
+    with StatisticsRecorder(model) as recorder:
+        for _ in range(3):
+            model(x)
         recorder.step()
     assert values_of(recorder, "0", "clipped") == [(0, 0.5, 0.5)]
 
@@ -219,6 +219,17 @@ def test_empty_inputs_and_evaluation_are_not_recorded():
         model(next(batches(1)))
         recorder.step()
     assert recorder.records == []
+
+
+def test_the_second_forward_of_double_forward_is_not_recorded():
+    model = network("MBN")
+    double_forward = DoubleForward(model)
+    with StatisticsRecorder(model) as recorder:
+        for x in batches(3):
+            model(x).sum().backward()
+            recorder.step()
+            double_forward.renew()
+    assert {len(record.values) for record in recorder.records} == {1}
 
 
 def test_a_pattern_without_a_norm_is_refused_with_the_names_there_are():

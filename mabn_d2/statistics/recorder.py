@@ -62,7 +62,8 @@ class StatisticsRecorder:
 
     Gradients are those of the unscaled loss, of this worker alone. A layer with a `norm_batch_size` gives one
     value for each normalization batch. Nothing waits for the device but :meth:`flush`, once for
-    everything that was recorded since the last. Layers in evaluation mode and empty inputs give nothing.
+    everything that was recorded since the last. Layers in evaluation mode and empty inputs give nothing,
+    nor do calls of the model without gradients, like the second forward pass of Double-Forward.
 
     Example:
         with StatisticsRecorder(model, ["layer1.*"]) as recorder:
@@ -105,8 +106,10 @@ class StatisticsRecorder:
             for name, module in norms.items()
             if any(fnmatch.fnmatch(name, pattern) for pattern in layers)
         }
+        self._model = model
         self.period, self.grad_scaler, self.iteration = period, grad_scaler, start_iter
         self.records: list[Record] = []
+        self._is_running = False  # a call of the model with gradients
         self._pending: dict[tuple[int, str, str], list[torch.Tensor]] = {}
         self._handles: list[Any] = []
         self._hook()
@@ -150,16 +153,24 @@ class StatisticsRecorder:
         """Listens in the iterations that are recorded, and only then."""
         is_recorded = self.iteration % self.period == 0
         if is_recorded and not self._handles:
+            model = self._model
+            self._handles = [model.register_forward_pre_hook(lambda *_: self._run(True))]
             for name, module in self.layers.items():
-                hook = self._listener(name)
-                self._handles.append(module.register_forward_hook(hook))
+                self._handles.append(module.register_forward_hook(self._listener(name)))
+            self._handles.append(
+                model.register_forward_hook(lambda *_: self._run(False), always_call=True)
+            )
         elif not is_recorded:
             self.remove()
+
+    def _run(self, is_start: bool) -> None:
+        self._is_running = is_start and torch.is_grad_enabled()
 
     def _listener(self, name: str):
         def listen(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
             (x,) = args
-            if module.training and x.dim() == 4 and x.numel():
+            is_training_pass = self._is_running or in_backward()
+            if is_training_pass and module.training and x.dim() == 4 and x.numel():
                 self._record_forward(name, module, x.detach(), out)
 
         return listen
