@@ -27,6 +27,8 @@ _DEFAULTS = {
     "double_forward": True,  # whether MBN, where it is in the model, renews its memory after each step
     # Whether the running statistics are recomputed before evaluation, and over how many batches.
     "precise_bn": {"enabled": False, "num_iter": 200},
+    # Whether the ℓ2 norms of batch statistics are recorded: of which norms, every how many iterations.
+    "statistics": {"enabled": False, "layers": ["*"], "period": 20},
 }
 
 
@@ -136,7 +138,7 @@ class LazyTrainer(ResumableTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Those of :func:`mabn_d2.engine.hooks.build_hooks`."""
         options = self.cfg.train
-        precise = options.precise_bn
+        precise, recorded = options.precise_bn, options.statistics
         has_evaluator = "evaluator" in self.cfg.dataloader
         return build_hooks(
             self,
@@ -146,6 +148,7 @@ class LazyTrainer(ResumableTrainer):
             evaluate=(lambda: self.test(self.cfg, self.model)) if has_evaluator else None,
             checkpoints=options.checkpointer,
             log_period=options.log_period,
+            statistics=(list(recorded.layers), recorded.period) if recorded.enabled else None,
         )
 
     def train(self) -> None:
