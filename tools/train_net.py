@@ -15,11 +15,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from mabn_d2.checkpoint import Checkpointer
-from mabn_d2.engine import Trainer
-from mabn_d2.engine.preflight import check_dataset, check_weights
-from mabn_d2.engine.resumable import check_num_workers
-from mabn_d2.plugin import check_batch, load_config, scaling_notice
+from mabn_d2.engine import Trainer, preflight
+from mabn_d2.plugin import load_config
 from mabn_d2.plugin.command_line import add_arguments, bring_in, set_num_classes
+from mabn_d2.utils.command_line import errors_in_one_line, without_usage
 
 
 def setup(args):
@@ -29,31 +28,6 @@ def setup(args):
     set_num_classes(cfg, args)
     cfg.freeze()
     return cfg
-
-
-def check(cfg, args):
-    """
-    Finds mistakes before any worker starts, and says what becomes of what the command line gives.
-
-    Raises:
-        ValueError: a data set or the weights are not where the config says, or the batch or the
-            run to resume do not go with the number of workers.
-    """
-    num_workers = args.num_gpus * args.num_machines
-    names = {"TRAIN": () if args.eval_only else cfg.DATASETS.TRAIN, "TEST": cfg.DATASETS.TEST}
-    for split, split_names in names.items():
-        for name in split_names:
-            check_dataset(name, f"DATASETS.{split}")
-    if not args.resume:
-        check_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
-    if args.eval_only:
-        return
-    check_batch(cfg, num_workers)
-    if args.resume:
-        check_num_workers(cfg.OUTPUT_DIR, num_workers)
-    notice = scaling_notice(cfg, args.opts, num_workers)
-    if notice:
-        print(notice, flush=True)
 
 
 def main(args):
@@ -68,6 +42,8 @@ def main(args):
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(Trainer.test_with_augmentation(cfg, model))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
@@ -77,11 +53,10 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = add_arguments(default_argument_parser()).parse_args()
-    try:
-        check(setup(args), args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train_net.py: error: {error}")
+    args = without_usage(add_arguments(default_argument_parser())).parse_args()
+    with errors_in_one_line():
+        for warning in preflight.check(setup(args), args):
+            print(f"train_net.py: warning: {warning}", file=sys.stderr)
     launch(
         main,
         args.num_gpus,

@@ -37,6 +37,14 @@ def add_mabn_config(cfg: CfgNode) -> None:
     # batches of 2 in turn. 0 stands for all. Norms in RoI heads, whose batches are regions, see all.
     cfg.MODEL.setdefault("NORM_BATCH_SIZE", 0)
 
+    # The ℓ2 norms of the batch statistics of norms, into metrics.json and TensorBoard.
+    statistics = cfg.setdefault("STATISTICS", CfgNode())
+    statistics.setdefault("ENABLED", False)
+    # Patterns of names of norms, like "backbone.bottom_up.res2.*".
+    statistics.setdefault("LAYERS", ["*"])
+    # Every how many iterations they are recorded.
+    statistics.setdefault("PERIOD", 20)
+
 
 def load_config(file: str, overrides: Sequence = ()) -> CfgNode:
     """

@@ -24,6 +24,7 @@ from detectron2.engine import AMPTrainer, DefaultTrainer
 from detectron2.layers import CycleBatchNormList, DeformConv, ModulatedDeformConv
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.roi_heads import ROIHeads
+from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 from torch import nn
 
 from ..layers import CenConv2d, CentralizedKernel, marked_options
@@ -36,6 +37,7 @@ from ..surgery import (
     set_norm_batch_size,
 )
 from ..training import follow_grad_scaler
+from ..training.double_forward import second_forward_contexts
 from .config import add_mabn_config
 from .registry import (
     check_norm_name,
@@ -241,6 +243,13 @@ def _split(group: dict[str, Any], norms: set, weight_decay: float) -> Iterator[d
 
 
 @contextlib.contextmanager
+def _events_dropped() -> Iterator[None]:
+    """An event storage that nobody reads takes the place of the loop's."""
+    with EventStorage(get_event_storage().iter if has_event_storage() else 0):
+        yield
+
+
+@contextlib.contextmanager
 def _set(variable: ContextVar, value):
     token = variable.set(value)
     try:
@@ -269,6 +278,7 @@ def install() -> None:
     Called when the package is imported. Calling it again also reaches what was imported since.
     """
     if not _replaced_functions:
+        second_forward_contexts.append(_events_dropped)
         for original, extend in [
             (detectron2.config.get_cfg, _extend_get_cfg),
             (yacs.config._check_and_coerce_cfg_value_type, _leave_ranges_to_norm_options),
@@ -305,5 +315,7 @@ def uninstall() -> None:
         _replace_everywhere(replacement, original)
     for (cls, name), method in _replaced_methods.items():
         setattr(cls, name, method)
+    if _replaced_functions:
+        second_forward_contexts.remove(_events_dropped)
     _replaced_functions.clear()
     _replaced_methods.clear()
