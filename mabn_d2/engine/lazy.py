@@ -137,13 +137,15 @@ class LazyTrainer(ResumableTrainer):
         """Those of :func:`mabn_d2.engine.hooks.build_hooks`."""
         options = self.cfg.train
         precise = options.precise_bn
-        has_evaluator = "evaluator" in self.cfg.dataloader
+        evaluations = []
+        if "evaluator" in self.cfg.dataloader:
+            evaluations.append((options.eval_period, lambda: self.test(self.cfg, self.model)))
         return build_hooks(
             self,
             double_forward=options.double_forward,
             precise_iters=precise.num_iter if precise.enabled else 0,
             eval_period=options.eval_period,
-            evaluate=(lambda: self.test(self.cfg, self.model)) if has_evaluator else None,
+            evaluations=evaluations,
             checkpoints=options.checkpointer,
             log_period=options.log_period,
         )

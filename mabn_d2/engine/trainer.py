@@ -77,7 +77,7 @@ class Trainer(ResumableTrainer):
             double_forward=cfg.MODEL.get("MBN", {}).get("DOUBLE_FORWARD", True),
             precise_iters=precise.NUM_ITER if precise.ENABLED else 0,
             eval_period=cfg.TEST.EVAL_PERIOD,
-            evaluate=self._evaluate,
+            evaluations=[(cfg.TEST.EVAL_PERIOD, self._evaluate)],
             checkpoints={"period": cfg.SOLVER.CHECKPOINT_PERIOD},
         )
 
