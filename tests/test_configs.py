@@ -22,9 +22,9 @@ from mabn_d2.data import register_shapes
 from mabn_d2.engine import Trainer
 from mabn_d2.plugin import DETECTRON2_NORMS, NORM_REGISTRY, check_norm_names
 
-from .models import build, build_for_inspection, random_inputs, set_keys, train_step
+from .helpers import CONFIGS
+from .helpers.models import build, build_for_inspection, random_inputs, set_keys, train_step
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 CLASSIFICATION = ("ImageNet", "FashionMNIST")  # have tests of their own
 
 

@@ -16,6 +16,7 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 
 from ..data.loader import build_train_loader
@@ -23,7 +24,9 @@ from ..layers import MABN2d
 from .hooks import build_hooks
 from .resumable import ResumableTrainer
 
-_EVALUATORS = {
+logger = logging.getLogger(__name__)
+# By the `evaluator_type` of a data set.
+EVALUATORS = {
     "coco": [COCOEvaluator],
     "coco_panoptic_seg": [SemSegEvaluator, COCOEvaluator, COCOPanopticEvaluator],
     "sem_seg": [SemSegEvaluator],
@@ -82,8 +85,12 @@ class Trainer(ResumableTrainer):
         )
 
     def _evaluate(self):
-        self._last_eval_results = self.test(self.cfg, self.model)  # `train` verifies them
-        return self._last_eval_results
+        results = self.test(self.cfg, self.model)
+        is_last = self.iter + 1 >= self.max_iter
+        if self.cfg.TEST.AUG.ENABLED and is_last:
+            results.update(self.test_with_augmentation(self.cfg, self.model))
+        self._last_eval_results = results  # `train` verifies them
+        return results
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -91,21 +98,49 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        """The evaluators for the data set's `evaluator_type`."""
+        """
+        The evaluators for the data set's `evaluator_type`.
+
+        Raises:
+            NotImplementedError: there are none; `test` goes on to the next data set then.
+        """
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
-        kind = MetadataCatalog.get(dataset_name).evaluator_type
-        if kind not in _EVALUATORS:
-            raise ValueError(
-                f"DATASETS.TEST: {dataset_name} has evaluator_type {kind!r}, accepted are "
-                f"{', '.join(_EVALUATORS)}"
-            )
+        kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
+        if kind not in EVALUATORS:
+            logger.warning(
+                "DATASETS.TEST: %s is not evaluated: its evaluator_type is %r, accepted are %s",
+                dataset_name, kind, ", ".join(EVALUATORS),
+            )  # fmt: skip
+            raise NotImplementedError
         evaluators = []
-        for create in _EVALUATORS[kind]:
-            if create in (SemSegEvaluator, COCOEvaluator, LVISEvaluator, COCOPanopticEvaluator):
+        for create in EVALUATORS[kind]:
+            if create is COCOEvaluator:
+                sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+                evaluators.append(
+                    COCOEvaluator(dataset_name, output_dir=output_dir, kpt_oks_sigmas=sigmas)
+                )
+            elif create in (SemSegEvaluator, LVISEvaluator, COCOPanopticEvaluator):
                 evaluators.append(create(dataset_name, output_dir=output_dir))
             else:
                 evaluators.append(create(dataset_name))
         return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+    @classmethod
+    def test_with_augmentation(cls, cfg, model):
+        """
+        `TEST.AUG`: evaluates once more, on several sizes of each image and flipped.
+
+        Writes below the folder `tta` of the output folder.
+
+        Returns:
+            as `test` does, each name with the suffix `_TTA`, as Detectron2's `tools/train_net.py`.
+        """
+        logger.info("Evaluating with test-time augmentation")
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "tta")
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model))
+        return {f"{name}_TTA": result for name, result in results.items()}
 
 
 def _log_simulated_batch(model: torch.nn.Module, cfg: CfgNode) -> None:
@@ -116,7 +151,7 @@ def _log_simulated_batch(model: torch.nn.Module, cfg: CfgNode) -> None:
     images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     size = norms[0].psi.size
     if not 16 <= images * size <= 64:
-        logging.getLogger(__name__).warning(
+        logger.warning(
             "MABN: the moving averages span %d images (%d images per worker x MODEL.MABN.BUFFER_SIZE "
             "%d). The paper uses 32: consider MODEL.MABN.BUFFER_SIZE %d.",
             images * size, images, size, max(1, round(32 / images)),
