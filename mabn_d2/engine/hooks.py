@@ -134,7 +134,7 @@ def build_hooks(
     double_forward: bool,
     precise_iters: int,
     eval_period: int,
-    evaluations: Iterable[tuple[int, Callable]],
+    evaluate: Callable | None,
     checkpoints: dict[str, int],
     log_period: int = 20,
 ) -> list[HookBase]:
@@ -145,10 +145,8 @@ def build_hooks(
         trainer: a :class:`ResumableTrainer`.
         double_forward: whether MBN, where it is in the model, renews its memory.
         precise_iters: batches of :class:`PreciseStatistics`; 0 for none.
-        eval_period: iterations between evaluations, before which the statistics are settled; 0 for
-            after the last iteration only.
-        evaluations: pairs of a period as `eval_period` and a function without arguments that returns
-            results.
+        eval_period: iterations between evaluations, 0 for after the last iteration only.
+        evaluate: called without arguments, returns the results; None for no evaluation.
         checkpoints: `period` and perhaps `max_to_keep` of `PeriodicCheckpointer`.
         log_period: iterations between lines of the log.
     """
@@ -164,7 +162,8 @@ def build_hooks(
     if is_main:
         ret.append(FinalCheckpoint(trainer.checkpointer))
         ret.append(hooks.PeriodicCheckpointer(trainer.checkpointer, **checkpoints))
-    ret += [hooks.EvalHook(period, evaluate) for period, evaluate in evaluations]
+    if evaluate is not None:
+        ret.append(hooks.EvalHook(eval_period, evaluate))
     if is_main:  # last, so that it writes what the others have measured
         ret.append(hooks.PeriodicWriter(trainer.build_writers(), log_period))
     return ret

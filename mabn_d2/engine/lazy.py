@@ -137,15 +137,13 @@ class LazyTrainer(ResumableTrainer):
         """Those of :func:`mabn_d2.engine.hooks.build_hooks`."""
         options = self.cfg.train
         precise = options.precise_bn
-        evaluations = []
-        if "evaluator" in self.cfg.dataloader:
-            evaluations.append((options.eval_period, lambda: self.test(self.cfg, self.model)))
+        has_evaluator = "evaluator" in self.cfg.dataloader
         return build_hooks(
             self,
             double_forward=options.double_forward,
             precise_iters=precise.num_iter if precise.enabled else 0,
             eval_period=options.eval_period,
-            evaluations=evaluations,
+            evaluate=(lambda: self.test(self.cfg, self.model)) if has_evaluator else None,
             checkpoints=options.checkpointer,
             log_period=options.log_period,
         )

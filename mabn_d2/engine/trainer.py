@@ -80,7 +80,7 @@ class Trainer(ResumableTrainer):
             double_forward=cfg.MODEL.get("MBN", {}).get("DOUBLE_FORWARD", True),
             precise_iters=precise.NUM_ITER if precise.ENABLED else 0,
             eval_period=cfg.TEST.EVAL_PERIOD,
-            evaluations=[(cfg.TEST.EVAL_PERIOD, self._evaluate)],
+            evaluate=self._evaluate,
             checkpoints={"period": cfg.SOLVER.CHECKPOINT_PERIOD},
         )
 

@@ -1,8 +1,8 @@
 """
 Memory of a process that has built a training loader, in MiB over what it had before.
 
-    python -m tests.loader_memory mabn_d2 20000
-    python -m tests.loader_memory detectron2 20000
+    python -m tests.helpers.loader_memory mabn_d2 20000
+    python -m tests.helpers.loader_memory detectron2 20000
 
 prints what it holds and its peak meanwhile, for so many images with seven polygons of 20 corners each.
 """
