@@ -9,7 +9,7 @@ import pytest
 from .helpers import ROOT
 
 PACKAGE = ROOT / "mabn_d2"
-BELOW_THE_LINE = ("layers", "ops", "surgery", "training", "utils")
+BELOW_THE_LINE = ("layers", "ops", "statistics", "surgery", "training", "utils")
 WITHOUT_DETECTRON2 = "import sys; sys.modules['detectron2'] = sys.modules['fvcore'] = None; "
 
 

@@ -7,7 +7,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mabn_d2 import BRN2d, DoubleForward, MABN2d, MBN2d, centralize, set_norm_batch_size
+from mabn_d2.data import make_synthetic_coco
+from mabn_d2.engine import Trainer
+from mabn_d2.report.metrics import read_metrics, series
+from mabn_d2.report.statistics import plot_statistics, recorded_layers
 from mabn_d2.statistics import StatisticsRecorder
+
+from .helpers import load_tool
+from .helpers.runs import cfg_for
 
 NORMS = {
     "BN": nn.BatchNorm2d,
@@ -238,3 +245,74 @@ def test_a_pattern_without_a_norm_is_refused_with_the_names_there_are():
         StatisticsRecorder(network("BN"), ["1", "layer1.*"])
     with pytest.raises(ValueError, match="period must be a positive integer, got 0"):
         StatisticsRecorder(network("BN"), period=0)
+
+
+# ---- in a training run, and drawn --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Output folders of two short runs of the trainer, one with BN and one with MABN."""
+    folder = tmp_path_factory.mktemp("statistics")
+    make_synthetic_coco(folder, train=4, val=2)
+    outputs = {}
+    for norm in ("BN", "MABN"):
+        outputs[norm] = folder / norm
+        options = [
+            "MODEL.RESNETS.NORM", norm, "SOLVER.MAX_ITER", 5, "STATISTICS.ENABLED", True,
+            "STATISTICS.PERIOD", 2, "STATISTICS.LAYERS", ["backbone.*.res[23].*", "roi_heads.*"],
+            "TEST.EVAL_PERIOD", 0, "DATASETS.TEST", (),
+        ]  # fmt: skip
+        trainer = Trainer(cfg_for(folder, outputs[norm], *options))
+        trainer.train()
+        assert not any(m._forward_hooks for m in trainer.model.modules())
+    return outputs
+
+
+LAYER = "backbone.bottom_up.res2.0.conv1.norm"
+
+
+def test_a_run_writes_every_recorded_iteration_into_its_metrics(runs):
+    for norm, output in runs.items():
+        metrics = read_metrics(str(output / "metrics.json"))
+        for quantity in ("mean", "var", "grad_mean", "grad_dot"):
+            iterations, values = series(metrics, f"statistics/{LAYER}/{quantity}")
+            assert iterations.tolist() == [0, 2, 4] and (values > 0).all()
+        layers = recorded_layers(metrics)
+        assert LAYER in layers and any(layer.startswith("roi_heads.") for layer in layers)
+        assert not any("res4" in layer or "fpn" in layer for layer in layers)
+        has_psi = any(f"statistics/{LAYER}/psi_average" in values for values in metrics.values())
+        assert has_psi == (norm == "MABN")
+
+
+@pytest.mark.parametrize("kind, begin", [("png", b"\x89PNG"), ("svg", b"<?xml")])
+@pytest.mark.parametrize("options", [[], ["--all"], ["--layer", LAYER, "--labels", "two", "MABN"]])
+def test_the_tool_draws_the_runs(runs, tmp_path, monkeypatch, capsys, options, kind, begin):
+    picture = tmp_path / f"statistics.{kind}"
+    arguments = [*map(str, runs.values()), "--out", str(picture), *options]
+    monkeypatch.setattr("sys.argv", ["plot_statistics.py", *arguments])
+    assert load_tool("plot_statistics").main() == 0
+    assert picture.read_bytes().startswith(begin)
+    assert str(picture) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--layer", "stem"], "has no 'stem', it has backbone"),
+        (["--out", "statistics.jpg"], "must end in .png or .svg"),
+    ],
+)
+def test_a_picture_that_cannot_be_drawn_is_explained_in_one_line(
+    runs, monkeypatch, capsys, options, message
+):
+    monkeypatch.setattr("sys.argv", ["plot_statistics.py", str(runs["BN"]), *options])
+    assert load_tool("plot_statistics").main() == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_run_without_statistics_is_named(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"iteration": 1, "total_loss": 1.0}\n')
+    with pytest.raises(ValueError, match="has no statistics: train with STATISTICS.ENABLED True"):
+        plot_statistics([str(tmp_path)], str(tmp_path / "a.png"))

@@ -1,6 +1,7 @@
 """Hooks for Detectron2's training loop."""
 
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterable
 
@@ -14,6 +15,7 @@ from .. import training
 from ..checkpoint import Checkpointer
 from ..data.loader import ResumableLoader
 from ..layers import MBN2d
+from ..statistics import StatisticsRecorder
 from ..training import average_norm_statistics, population_statistics
 from ..utils.random import seed_from
 
@@ -128,6 +130,53 @@ class DoubleForward(HookBase):
         self._double_forward.remove()
 
 
+class RecordStatistics(HookBase):
+    """
+    Writes the ℓ2 norms of batch statistics into the trainer's storage and its `metrics.json`.
+
+    As `statistics/LAYER/QUANTITY`, see :class:`mabn_d2.statistics.StatisticsRecorder`, the mean over the
+    calls and normalization batches of an iteration. They are those of the main process. `metrics.json` gets
+    every recorded iteration; the other writers take what is newest at each line of the log.
+    """
+
+    def __init__(self, layers: Iterable[str], period: int):
+        """
+        Args:
+            layers: patterns of names of norms.
+            period: every how many iterations something is recorded.
+        """
+        self._layers, self._period = layers, period
+
+    def before_train(self):
+        trainer = self.trainer
+        model = trainer.model
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        self._recorder = StatisticsRecorder(
+            model,
+            self._layers,
+            self._period,
+            grad_scaler=getattr(trainer._trainer, "grad_scaler", None),
+            start_iter=trainer.start_iter,
+        )
+
+    def after_step(self):
+        self._recorder.step()
+        values = {
+            f"statistics/{record.layer}/{record.quantity}": sum(record.values) / len(record.values)
+            for record in self._recorder.flush()
+        }
+        self._recorder.records.clear()
+        if values and comm.is_main_process():
+            self.trainer.storage.put_scalars(smoothing_hint=False, **values)
+            path = os.path.join(self.trainer.checkpointer.save_dir, "metrics.json")
+            with open(path, "a") as f:
+                f.write(json.dumps({"iteration": self.trainer.iter, **values}) + "\n")
+
+    def after_train(self):
+        self._recorder.remove()
+
+
 def build_hooks(
     trainer: TrainerBase,
     *,
@@ -137,6 +186,7 @@ def build_hooks(
     evaluate: Callable | None,
     checkpoints: dict[str, int],
     log_period: int = 20,
+    statistics: tuple[Iterable[str], int] | None = None,
 ) -> list[HookBase]:
     """
     The hooks of both trainers, in the order in which they run after each iteration.
@@ -149,10 +199,13 @@ def build_hooks(
         evaluate: called without arguments, returns the results; None for no evaluation.
         checkpoints: `period` and perhaps `max_to_keep` of `PeriodicCheckpointer`.
         log_period: iterations between lines of the log.
+        statistics: layers and period of :class:`RecordStatistics`; None for none.
     """
     is_main = comm.is_main_process()
     has_memory = any(isinstance(module, MBN2d) for module in trainer.model.modules())
-    ret = []
+    ret: list[HookBase] = []
+    if statistics is not None:
+        ret.append(RecordStatistics(*statistics))
     if double_forward and has_memory:
         ret.append(DoubleForward())
     ret += [hooks.IterationTimer(), hooks.LRScheduler()]

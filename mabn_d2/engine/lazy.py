@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..data.loader import build_lazy_train_loader
+from ..plugin.scaling import scale_lazy_config
 from .hooks import build_hooks
 from .preflight import items
 from .resumable import ResumableTrainer
@@ -27,6 +28,9 @@ _DEFAULTS = {
     "double_forward": True,  # whether MBN, where it is in the model, renews its memory after each step
     # Whether the running statistics are recomputed before evaluation, and over how many batches.
     "precise_bn": {"enabled": False, "num_iter": 200},
+    # Whether the ℓ2 norms of batch statistics are recorded: of which norms, every how many iterations.
+    "statistics": {"enabled": False, "layers": ["*"], "period": 20},
+    "reference_world_size": 0,  # as SOLVER.REFERENCE_WORLD_SIZE, see plugin/scaling.py
 }
 
 
@@ -99,8 +103,8 @@ class LazyTrainer(ResumableTrainer):
         Args:
             cfg: of :func:`load_lazy_config`.
         """
-        self.cfg = cfg
         _add_defaults(cfg.train)
+        self.cfg = cfg = scale_lazy_config(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         params = {**cfg.optimizer.params, "model": model}
         optimizer = instantiate({**cfg.optimizer, "params": params})
@@ -136,7 +140,7 @@ class LazyTrainer(ResumableTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Those of :func:`mabn_d2.engine.hooks.build_hooks`."""
         options = self.cfg.train
-        precise = options.precise_bn
+        precise, recorded = options.precise_bn, options.statistics
         has_evaluator = "evaluator" in self.cfg.dataloader
         return build_hooks(
             self,
@@ -146,6 +150,7 @@ class LazyTrainer(ResumableTrainer):
             evaluate=(lambda: self.test(self.cfg, self.model)) if has_evaluator else None,
             checkpoints=options.checkpointer,
             log_period=options.log_period,
+            statistics=(list(recorded.layers), recorded.period) if recorded.enabled else None,
         )
 
     def train(self) -> None:

@@ -82,6 +82,7 @@ class Trainer(ResumableTrainer):
             eval_period=cfg.TEST.EVAL_PERIOD,
             evaluate=self._evaluate,
             checkpoints={"period": cfg.SOLVER.CHECKPOINT_PERIOD},
+            statistics=_recorded_statistics(cfg),
         )
 
     def _evaluate(self):
@@ -141,6 +142,11 @@ class Trainer(ResumableTrainer):
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "tta")
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model))
         return {f"{name}_TTA": result for name, result in results.items()}
+
+
+def _recorded_statistics(cfg: CfgNode) -> tuple[list[str], int] | None:
+    options = cfg.get("STATISTICS", {"ENABLED": False})
+    return (list(options["LAYERS"]), options["PERIOD"]) if options["ENABLED"] else None
 
 
 def _log_simulated_batch(model: torch.nn.Module, cfg: CfgNode) -> None:
