@@ -162,7 +162,10 @@ def test_evaluation_alone_prints_the_table_of_the_checkpoint(uninterrupted, shap
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["MODEL.MABN.BUFFER_SIZE", 0], "MODEL.MABN.BUFFER_SIZE must be a positive integer, got 0"),
+        (
+            ["MODEL.MABN.BUFFER_SIZE", 2.5],
+            "MODEL.MABN.BUFFER_SIZE must be a positive integer, or 0 for 32 / images per worker, got 2.5",
+        ),
         (["MODEL.MABN.MOMENTUM", 2.0], r"MODEL.MABN.MOMENTUM must be a number in (0, 1], got 2.0"),
         (["MODEL.MABN.EPS", "small"], "MODEL.MABN.EPS"),
         (["MODEL.FPN.NORM", "MABM"], "MODEL.FPN.NORM must be one of MABN, BRN, MBN, BN, SyncBN"),
@@ -222,7 +225,7 @@ def test_after_synchronization_all_workers_hold_the_mean_to_the_bit(shapes, tmp_
 def test_the_papers_config_trains_with_two_workers_and_evaluates_on_the_coco_layout(tmp_path):
     make_synthetic_coco(tmp_path, layout="coco2017", train=8, val=2, size=64)
     config = CONFIGS / "COCO-InstanceSegmentation" / "scratch_mask_rcnn_R_50_FPN_2x_mabn.yaml"
-    small = ["SOLVER.IMS_PER_BATCH", 2, "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", 64,
+    small = ["SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.IMS_PER_BATCH", 2, "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", 64,
              "MODEL.RPN.POST_NMS_TOPK_TRAIN", 32, "MODEL.RPN.POST_NMS_TOPK_TEST", 8,
              "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0,
              # Four iterations from the running statistics' start are too few to evaluate with.

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from ..data.loader import build_lazy_train_loader
+from ..plugin.scaling import scale_lazy_config
 from .hooks import build_hooks
 from .preflight import items
 from .resumable import ResumableTrainer
@@ -29,6 +30,7 @@ _DEFAULTS = {
     "precise_bn": {"enabled": False, "num_iter": 200},
     # Whether the ℓ2 norms of batch statistics are recorded: of which norms, every how many iterations.
     "statistics": {"enabled": False, "layers": ["*"], "period": 20},
+    "reference_world_size": 0,  # as SOLVER.REFERENCE_WORLD_SIZE, see plugin/scaling.py
 }
 
 
@@ -101,8 +103,8 @@ class LazyTrainer(ResumableTrainer):
         Args:
             cfg: of :func:`load_lazy_config`.
         """
-        self.cfg = cfg
         _add_defaults(cfg.train)
+        self.cfg = cfg = scale_lazy_config(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         params = {**cfg.optimizer.params, "model": model}
         optimizer = instantiate({**cfg.optimizer, "params": params})

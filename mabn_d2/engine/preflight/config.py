@@ -12,6 +12,7 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils.file_io import PathManager
 
 from ...plugin.registry import check_norm_names, norm_options
+from ...plugin.scaling import check_batch, scaling_notice
 from ..trainer import EVALUATORS
 from .build import build, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
@@ -50,6 +51,9 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
             check_dataset(name, f"DATASETS.{split}")
         _check_proposals(cfg, split)
     warnings = _check_evaluation(cfg, args.eval_only)
+    notice = None if args.eval_only else scaling_notice(cfg, args.opts, num_workers)
+    if notice:
+        warnings.append(notice)
     _build_all(DefaultTrainer.auto_scale_workers(cfg, num_workers), args.eval_only)
     with quiet():
         for name in () if args.eval_only else cfg.DATASETS.TRAIN:
@@ -63,13 +67,7 @@ def _check_together(cfg: CfgNode, num_workers: int, eval_only: bool) -> None:
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN names no data set")
-        workers = solver.REFERENCE_WORLD_SIZE or num_workers
-        source = "SOLVER.REFERENCE_WORLD_SIZE" if solver.REFERENCE_WORLD_SIZE else "--num-gpus"
-        if solver.IMS_PER_BATCH % workers:
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH must be a positive multiple of the number of workers "
-                f"({workers}, of {source}), got {solver.IMS_PER_BATCH}"
-            )
+        check_batch(cfg, num_workers)
         if solver.AMP.ENABLED and on_cpu:
             raise ValueError("SOLVER.AMP.ENABLED needs a GPU, MODEL.DEVICE is 'cpu'")
     elif not cfg.DATASETS.TEST:

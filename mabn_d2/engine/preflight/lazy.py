@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ...layers.options import Accepted
 from ...plugin.registry import check_norm_name
+from ...plugin.scaling import check_lazy_batch
 from .build import build, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
 from .files import check_arguments, check_output_dir, check_weights
@@ -88,14 +89,10 @@ def check_lazy_config(
     if entries["train.amp.enabled"] and entries["train.device"] == "cpu" and not eval_only:
         raise ValueError("train.amp.enabled needs a GPU, train.device is 'cpu'")
     for key, value in entries.items():
-        if key.endswith("norm") and isinstance(value, str):
+        if key.endswith("norm"):
             check_norm_name(value, key)
-    batch = entries.get("dataloader.train.total_batch_size")
-    if not eval_only and batch is not None and batch % num_workers:
-        raise ValueError(
-            "dataloader.train.total_batch_size must be a positive multiple of the number of workers "
-            f"({num_workers}), got {batch}"
-        )
+    if not eval_only:
+        check_lazy_batch(cfg, num_workers)
     check_output_dir(entries["train.output_dir"], "train.output_dir")
     if not (resume and os.path.isfile(f"{entries['train.output_dir']}/last_checkpoint")):
         check_weights(entries["train.init_checkpoint"], "train.init_checkpoint")
