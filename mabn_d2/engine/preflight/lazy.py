@@ -110,8 +110,8 @@ def check_lazy_config(
     return warnings
 
 
-def items(node: dict | list, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All keys of nested containers in dotted form, with their values."""
+def items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All keys of nested dicts and lists in dotted form, with their values."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         yield f"{prefix}{key}", value
         if isinstance(value, (dict, list)):
@@ -145,13 +145,13 @@ def _needs(entries: dict[str, Any]) -> Needs:
     """Of Detectron2's own models, as far as their config says so."""
     classes_key = next(
         (key for key in ("model.roi_heads.num_classes", "model.num_classes") if key in entries),
-        None,
+        "",
     )
     mapper = "dataloader.train.mapper"
     has_masks = entries.get(f"{mapper}.use_instance_mask", False)
     return Needs(
         num_classes=entries.get(classes_key),
-        num_classes_key=classes_key or "",
+        num_classes_key=classes_key,
         mask_format=entries.get(f"{mapper}.instance_mask_format", "polygon") if has_masks else None,
         mask_format_key=f"{mapper}.instance_mask_format",
     )
