@@ -119,13 +119,6 @@ def _maps_of_levels(norms: nn.ModuleList) -> list[AffineMap] | str:
     return maps
 
 
-def kernel_in_use(convolution: nn.Module) -> torch.Tensor:
-    """The kernel that the convolution computes with, centralized if it is."""
-    if isinstance(convolution, CentralizedKernel):
-        return convolution.centralized_weight()
-    return convolution.weight
-
-
 @torch.no_grad()
 def scale_output(
     convolution: nn.Module, scale: torch.Tensor, shift: torch.Tensor | None = None
@@ -156,8 +149,7 @@ def decentralize(convolution: nn.Module) -> None:
     """Makes the kernel in use the parameter of an ordinary convolution, in place."""
     if not isinstance(convolution, CentralizedKernel):
         return
-    kernel = kernel_in_use(convolution).detach().clone()
-    convolution.weight = nn.Parameter(kernel, convolution.weight.requires_grad)
+    convolution.weight.copy_(convolution.centralized_weight())
     convolution.centralized = False
     has_more = any(getattr(convolution, name, None) for name in ("norm", "activation"))
     if isinstance(convolution, nn.Conv2d) and not has_more:
@@ -285,12 +277,12 @@ def _fold(model: nn.Module, step: _Step) -> None:
                 level = copy.deepcopy(convolution)
                 left = _absorb(level, level_map, takes_bias)
                 levels.append(level if left is None else nn.Sequential(level, left))
-            _replace(model, convolution, InTurn(levels))
+            replace_module(model, convolution, InTurn(levels))
         else:
             after = _absorb(convolution, step.maps[0], takes_bias)
             if is_inside:
                 convolution.norm = after
-    _replace(model, norm, after or nn.Identity())
+    replace_module(model, norm, after or nn.Identity())
 
 
 def _absorb(convolution: nn.Module, norm: AffineMap, takes_bias: bool) -> nn.Module | None:
@@ -308,10 +300,10 @@ def _simplify(model: nn.Module, step: _Step) -> None:
     if are_levels(site.norm) and step.maps and site.convolution is not None:
         dtype = site.convolution.weight.dtype
         levels = (ChannelAffine(map.scale.to(dtype), map.shift.to(dtype)) for map in step.maps)
-        _replace(model, site.norm, InTurn(levels))
+        replace_module(model, site.norm, InTurn(levels))
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts a module in the place of another wherever a model holds it."""
     for module in list(model.modules()):
         for name, child in module._modules.items():
