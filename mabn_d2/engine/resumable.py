@@ -3,6 +3,7 @@
 import random
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from torch import nn
 
-from ..checkpoint import Checkpointer
+from ..checkpoint import Checkpointer, last_checkpoint, read_checkpoint
 from ..utils.random import seed_from
 
 
@@ -69,12 +70,15 @@ class ResumableTrainer(DefaultTrainer):
         """
         Loads the last checkpoint of the output folder and goes on from there, or the weights.
 
+        All workers go on from the checkpoint that the first one finds.
+
         Args:
             resume: whether to look for a checkpoint.
+
+        Raises:
+            ValueError: of :func:`check_trainer_state`, or the file is no checkpoint.
         """
         self.checkpointer.resume_or_load(self.weights, resume=resume)
-        if resume and self.checkpointer.has_checkpoint():
-            self.start_iter = self.iter + 1  # the checkpoint has the iteration that was completed
         self._place_loader()
 
     def _place_loader(self) -> None:
@@ -89,8 +93,52 @@ class ResumableTrainer(DefaultTrainer):
         super().run_step()
 
     def state_dict(self):
-        return {**super().state_dict(), "seed": self.seed}
+        num_workers = comm.get_world_size()
+        return {**super().state_dict(), "seed": self.seed, "num_workers": num_workers}
 
     def load_state_dict(self, state_dict):
+        folder = self.checkpointer.save_dir
+        check_trainer_state(state_dict, folder, self.max_iter, comm.get_world_size())
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)
+        self.start_iter = self.iter + 1  # the checkpoint has the iteration that was completed
+
+
+def check_resume(output_dir: str, max_iter: int, num_workers: int) -> None:
+    """
+    Finds before workers start what would stop them from resuming.
+
+    Args:
+        output_dir: folder that may have a last checkpoint.
+        max_iter: iterations of the run.
+        num_workers: on all machines together.
+
+    Raises:
+        OSError, ValueError: the last checkpoint cannot be read, or as for :func:`check_trainer_state`.
+    """
+    file = last_checkpoint(output_dir)
+    if file:
+        state = read_checkpoint(file).get("trainer", {})
+        check_trainer_state(state, output_dir, max_iter, num_workers)
+
+
+def check_trainer_state(
+    state: dict[str, Any], output_dir: str, max_iter: int, num_workers: int
+) -> None:
+    """
+    Raises:
+        ValueError: a run with this number of iterations and workers cannot go on from the trainer's state.
+    """
+    done = state.get("iteration", -1) + 1
+    if done > max_iter:
+        raise ValueError(
+            f"The last checkpoint in {output_dir} is of {done} iterations, and SOLVER.MAX_ITER "
+            f"(train.max_iter) is {max_iter}: to resume, it must be {done} or more"
+        )
+    trained_with = state.get("num_workers", num_workers)  # not in files of version 0.1.0
+    if trained_with != num_workers:
+        raise ValueError(
+            f"The last checkpoint in {output_dir} is of a run with {trained_with} workers, which cannot be "
+            f"resumed with {num_workers}: each worker has its own share of the batches. Start {trained_with}, "
+            "or begin a new run with the checkpoint as MODEL.WEIGHTS (train.init_checkpoint)"
+        )
