@@ -191,7 +191,7 @@ def _log_match(path: str, matched: Matched) -> None:
             "%s holds weights of another norm: %s for %d layers that have %s (%s%s). They compute another "
             "function than they were trained for.%s",
             path, theirs or "none", len(names), ours or "none", names[0], ", ..." * (len(names) > 1),
-            _MABN_NEEDS if ours == "MABN" else _MABN_HAS if theirs == "MABN" else "",
+            _MABN_NEEDS if ours.startswith("MABN") else _MABN_HAS if theirs.startswith("MABN") else "",
         )  # fmt: skip
 
 

@@ -17,8 +17,7 @@ _TOLD_BY = {
     "running_var": "MABN",
     "weight": "GN",
 }
-# BN, FrozenBN, SyncBN, BRN and MBN have other statistics in training and are one function in evaluation.
-_SAME_FUNCTION = ({"BN", "MBN"}, {"BN", "folded BN"}, {"MBN", "folded BN"})
+_PER_LEVEL = " per feature level"
 
 
 def norms_of(state_dict: StateDict) -> dict[str, str]:
@@ -27,7 +26,8 @@ def norms_of(state_dict: StateDict) -> dict[str, str]:
 
     Returns:
         name of the module -> 'MABN', 'MBN', 'BN' for all that have its running statistics (FrozenBN,
-        SyncBN, BRN), or 'GN' for all that have affine parameters alone (LN).
+        SyncBN, BRN), or 'GN' for all that have affine parameters alone (LN); with ' per feature level'
+        where it is a list of them that share affine parameters.
     """
     entries = defaultdict(set)
     for key, value in state_dict.items():
@@ -35,16 +35,23 @@ def norms_of(state_dict: StateDict) -> dict[str, str]:
         if entry == "weight" and value.dim() != 1:
             entry = "kernel"
         entries[name].add(entry)
-    for name in list(entries):  # norms per feature level, which share affine parameters
+    lists = set()
+    for name in list(entries):
         shared, _, level = name.rpartition(".")
         if level.isdigit() and "weight" in entries.get(shared, ()):
             entries[shared] |= entries.pop(name)
+            lists.add(shared)
     norms = {}
     for name, found in entries.items():
         told_by = next((entry for entry in _TOLD_BY if entry in found), None)
         if told_by and "kernel" not in found and (told_by != "weight" or "bias" in found):
-            norms[name] = _TOLD_BY[told_by]
+            norms[name] = _TOLD_BY[told_by] + (_PER_LEVEL if name in lists else "")
     return norms
+
+
+def _function(norm: str) -> str:
+    """BN, FrozenBN, SyncBN, BRN and MBN differ in training and are one function in evaluation."""
+    return re.sub("^(MBN|folded BN)", "BN", norm)
 
 
 def _split(key: str) -> tuple[str, str]:
@@ -55,7 +62,7 @@ def _split(key: str) -> tuple[str, str]:
 
 def norm_of(state_dict: StateDict) -> str:
     """The norm of a whole state dict: the first of 'MABN', 'MBN', 'BN' and 'GN' that it has, or ''."""
-    found = set(norms_of(state_dict).values())
+    found = {norm.removesuffix(_PER_LEVEL) for norm in norms_of(state_dict).values()}
     if any("_bn_" in key for key in state_dict):  # Caffe2's names
         found.add("BN")
     return next((norm for norm in _TOLD_BY.values() if norm in found), "")
@@ -83,17 +90,29 @@ def foreign_norms(
     ours, theirs = norms_of(model), norms_of(state_dict)
     if folded:
         theirs = {name: "folded BN" if norm == "GN" else norm for name, norm in theirs.items()}
-    # A norm without a counterpart counts where what is around it is loaded.
-    around = {""} if model.keys() & state_dict.keys() else set()
-    for key in model.keys() & state_dict.keys():
-        name, _ = _split(key)
-        while name and name not in ours:
-            around.add(name)
-            name = name.rpartition(".")[0]
+    shared = model.keys() & state_dict.keys()
+    # A norm without a counterpart counts where something beside it is loaded.
+    beside = {ancestor for key in shared for ancestor in _ancestors(_split(key)[0], ours)}
+    # A new norm with running statistics is the identity: what counts is the bias that it replaces.
+    biases = {key for key in state_dict.keys() - model.keys() if key.endswith(".bias")}
+    unbiased = {_split(key)[0] for key in biases if f"{_split(key)[0]}.weight" in shared}
+    unbiased |= {name.rpartition(".")[0] for name in unbiased}
     foreign = defaultdict(list)
     for name in dict.fromkeys([*ours, *theirs]):
         pair = theirs.get(name, ""), ours.get(name, "")
-        is_loaded = all(pair) or name.rpartition(".")[0] in around
-        if is_loaded and pair[0] != pair[1] and set(pair) not in _SAME_FUNCTION:
+        near = unbiased if not pair[0] and _function(pair[1]).startswith("BN") else beside
+        is_loaded = all(pair) or name.rpartition(".")[0] in near
+        if is_loaded and _function(pair[0]) != _function(pair[1]):
             foreign[pair].append(name)
     return dict(foreign)
+
+
+def _ancestors(name: str, norms: Mapping[str, str]) -> list[str]:
+    """A module and those that it is in; none of a norm."""
+    ancestors = []
+    while name not in norms:
+        ancestors.append(name)
+        if not name:
+            break
+        name = name.rpartition(".")[0]
+    return ancestors

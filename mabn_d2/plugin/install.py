@@ -24,8 +24,9 @@ from detectron2.layers import CycleBatchNormList, DeformConv, ModulatedDeformCon
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.roi_heads import ROIHeads
 from torch import nn
+from torch.ao.quantization import ObserverBase
 
-from ..layers import CenConv2d, CentralizedKernel
+from ..layers import CenConv2d, CentralizedKernel, RingBuffer
 from ..surgery import (
     CENTRALIZED_CLASSES,
     centralize,
@@ -63,6 +64,9 @@ CENTRALIZED_CLASSES.update(
         ModulatedDeformConv: CenModulatedDeformConv,
     }
 )
+# fvcore's checkpointer drops tensors of another shape, but for modules that adapt what they load. It knows
+# those by this class; a ring buffer is resampled.
+ObserverBase.register(RingBuffer)
 
 
 def _extend_get_norm(original: Callable) -> Callable:
