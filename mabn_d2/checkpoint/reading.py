@@ -55,6 +55,11 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """How pickle's protocol 2 writes bytes where there are none."""
+    return b""
+
+
 class _DType:
     """
     Stands for a numpy.dtype, whose own `__setstate__` does not check what it is given.
@@ -123,6 +128,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("builtins", "set"): _Function(set),
     ("__builtin__", "set"): _Function(set),
     ("_codecs", "encode"): _Function(_latin1),
+    ("__builtin__", "bytes"): _Function(_no_bytes),
     ("numpy", "dtype"): _Function(_DType),
     ("numpy", "ndarray"): None,  # an argument of _reconstruct
     ("torch", "Size"): _Function(torch.Size),

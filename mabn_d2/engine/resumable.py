@@ -12,7 +12,7 @@ from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
 from torch import nn
 
-from ..checkpoint import Checkpointer, last_checkpoint, read_checkpoint
+from ..checkpoint import Checkpointer
 from ..utils.random import seed_from
 
 
@@ -104,24 +104,6 @@ class ResumableTrainer(DefaultTrainer):
         self.start_iter = self.iter + 1  # the checkpoint has the iteration that was completed
 
 
-def check_resume(output_dir: str, max_iter: int, num_workers: int) -> None:
-    """
-    Finds before workers start what would stop them from resuming.
-
-    Args:
-        output_dir: folder that may have a last checkpoint.
-        max_iter: iterations of the run.
-        num_workers: on all machines together.
-
-    Raises:
-        OSError, ValueError: the last checkpoint cannot be read, or as for :func:`check_trainer_state`.
-    """
-    file = last_checkpoint(output_dir)
-    if file:
-        state = read_checkpoint(file).get("trainer", {})
-        check_trainer_state(state, output_dir, max_iter, num_workers)
-
-
 def check_trainer_state(
     state: dict[str, Any], output_dir: str, max_iter: int, num_workers: int
 ) -> None:
@@ -132,13 +114,13 @@ def check_trainer_state(
     done = state.get("iteration", -1) + 1
     if done > max_iter:
         raise ValueError(
-            f"The last checkpoint in {output_dir} is of {done} iterations, and SOLVER.MAX_ITER "
-            f"(train.max_iter) is {max_iter}: to resume, it must be {done} or more"
+            f"The last checkpoint in {output_dir} is of {done} iterations, and the run ends after {max_iter}: "
+            f"to resume, SOLVER.MAX_ITER (train.max_iter) must be {done} or more"
         )
-    trained_with = state.get("num_workers", num_workers)  # not in files of version 0.1.0
-    if trained_with != num_workers:
+    before = state.get("num_workers", num_workers)  # version 0.1.0 does not save it
+    if before != num_workers:
         raise ValueError(
-            f"The last checkpoint in {output_dir} is of a run with {trained_with} workers, which cannot be "
-            f"resumed with {num_workers}: each worker has its own share of the batches. Start {trained_with}, "
-            "or begin a new run with the checkpoint as MODEL.WEIGHTS (train.init_checkpoint)"
+            f"The last checkpoint in {output_dir} was trained by {before} worker{'s' * (before != 1)}, it "
+            f"cannot go on with {num_workers}: an iteration is another part of the data and of the schedule. "
+            "A new run may take it as MODEL.WEIGHTS (train.init_checkpoint)"
         )

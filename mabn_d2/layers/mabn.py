@@ -15,8 +15,9 @@ from .norm import Norm2d
 from .norm_batch import NormBatches
 from .options import (
     AtLeastOne,
+    BatchesOf32Images,
     Fraction,
-    NonNegativeInteger,
+    IterationCount,
     PositiveInteger,
     PositiveNumber,
     checked,
@@ -124,10 +125,10 @@ class MABN2d(Norm2d):
         num_features: PositiveInteger,
         eps: PositiveNumber = 1e-5,
         momentum: Fraction = 0.02,
-        buffer_size: PositiveInteger = 16,
-        warmup_iters: NonNegativeInteger = 100,
+        buffer_size: BatchesOf32Images = 16,
+        warmup_iters: IterationCount = 100,
         renorm_clip: AtLeastOne = 5.0,
-        renorm_start_iter: NonNegativeInteger = 1000,
+        renorm_start_iter: IterationCount = 1000,
         affine: bool = True,
         device=None,
         dtype=None,
@@ -184,7 +185,7 @@ class MABN2d(Norm2d):
         second_moment = batches.mean(second_moment_about(batches.split(x), shift))
         ring = self.second_moment
         second_moment = record_and_average(
-            second_moment, ring.values, ring.count, self._average_start_iter
+            second_moment, ring.values, ring.count, self.average_start_iter
         )
         running_var = exponential_average(self.running_var, second_moment, self.momentum)
         if not self.renormalize:
@@ -198,7 +199,7 @@ class MABN2d(Norm2d):
         self.running_var.copy_(var + (mean - self.running_mean).square())
 
     @property
-    def _average_start_iter(self) -> int:
+    def average_start_iter(self) -> int:
         """The last iteration with χ̄² = χ²_B and ψ̄ = ψ_B."""
         # The release compares with `t <= m or t < warmup_iters`, t counted from 1.
         return max(self.psi.size, self.warmup_iters - 1)
@@ -217,7 +218,7 @@ class MABN2d(Norm2d):
             loss_scale = self.grad_scaler.scale(torch.ones_like(r[0, 0]))
         return _MABNFunction.apply(
             x, self._float(self.weight), self._float(self.bias), self.running_mean, second_moment, r,
-            loss_scale, self.psi.values, self.psi.count, self._average_start_iter, self.eps,
+            loss_scale, self.psi.values, self.psi.count, self.average_start_iter, self.eps,
             self.norm_batch_size,
         )  # fmt: skip
 
