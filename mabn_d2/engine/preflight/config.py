@@ -1,7 +1,6 @@
 """What is checked of a config of yacs."""
 
 import argparse
-import os
 
 import torch
 from detectron2.config import CfgNode
@@ -13,11 +12,11 @@ from detectron2.utils.file_io import PathManager
 
 from ...plugin.registry import check_norm_names, norm_options
 from ...plugin.scaling import check_batch, scaling_notice
-from ..resumable import check_num_workers
+from ..resumable import check_trainer_state
 from ..trainer import EVALUATORS
 from .build import build, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
-from .files import check_arguments, check_output_dir, check_weights
+from .files import check_arguments, check_output_dir, check_start
 from .values import check_values
 
 
@@ -44,8 +43,7 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     num_workers = args.num_gpus * args.num_machines
     _check_together(cfg, num_workers, args.eval_only)
     check_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
-    if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
-        check_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
+    state = check_start(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", cfg.OUTPUT_DIR, args.resume)
     splits = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
     for split in splits:
         for name in cfg.DATASETS[split]:
@@ -56,9 +54,8 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     if notice:
         warnings.append(notice)
     if not args.eval_only:
-        if args.resume:
-            check_num_workers(cfg.OUTPUT_DIR, num_workers)
         cfg = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        check_trainer_state(state, cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, num_workers)
     _build_all(cfg, args.eval_only)
     with quiet():
         for name in () if args.eval_only else cfg.DATASETS.TRAIN:
