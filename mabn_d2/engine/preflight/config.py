@@ -1,6 +1,7 @@
 """What is checked of a config of yacs."""
 
 import argparse
+import importlib.util
 
 import torch
 from detectron2.config import CfgNode
@@ -90,6 +91,27 @@ def _check_together(cfg: CfgNode, num_workers: int, eval_only: bool) -> None:
         found = cfg.MODEL[key.split(".")[1]]
         if test.AUG.ENABLED and found != value:
             raise ValueError(f"TEST.AUG.ENABLED needs {key} {value}, got {found}")
+    has_operators = importlib.util.find_spec("detectron2._C") is not None
+    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and not has_operators:
+        raise ValueError(
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE needs Detectron2's compiled operators (detectron2._C), "
+            "which this installation lacks"
+        )
+    mean, std = len(cfg.MODEL.PIXEL_MEAN), len(cfg.MODEL.PIXEL_STD)
+    if mean != std or mean == 0:
+        raise ValueError(
+            "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must have one number for each channel of the image, "
+            f"got {mean} and {std}"
+        )
+    for part in ("RPN", "ROI_HEADS", "RETINANET"):
+        thresholds, labels = cfg.MODEL[part].IOU_THRESHOLDS, cfg.MODEL[part].IOU_LABELS
+        if not thresholds or sorted(thresholds) != list(thresholds):
+            raise ValueError(f"MODEL.{part}.IOU_THRESHOLDS must ascend, got {thresholds}")
+        if len(labels) != len(thresholds) + 1:
+            raise ValueError(
+                f"MODEL.{part}.IOU_LABELS must have one more element than IOU_THRESHOLDS "
+                f"{thresholds}, got {labels}"
+            )
     crop = cfg.INPUT.CROP
     if crop.ENABLED and crop.TYPE.startswith("relative") and max(crop.SIZE) > 1:
         raise ValueError(f"INPUT.CROP.SIZE must be at most 1 with {crop.TYPE!r}, got {crop.SIZE}")

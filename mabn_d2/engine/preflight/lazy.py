@@ -51,6 +51,7 @@ _ACCEPTED_IF_THERE: dict[str, Accepted] = {
     "train.reference_world_size": NON_NEGATIVE_INTEGER,
     "dataloader.train.total_batch_size": POSITIVE_INTEGER,
     "dataloader.train.num_workers": NON_NEGATIVE_INTEGER,
+    "dataloader.train.mapper.instance_mask_format": one_of("polygon", "bitmask"),
     "dataloader.test.num_workers": NON_NEGATIVE_INTEGER,
 }
 
