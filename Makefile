@@ -15,7 +15,8 @@ RUN_NEWEST := $(NEWEST)/bin/python
 
 PIP_OPTIONS := --quiet --disable-pip-version-check
 
-.PHONY: setup demo transfer test test-fast test-newest datasets/fashion-mnist clean
+.PHONY: setup demo transfer test test-fast test-newest \
+	test-dry-gpu test-dry-gpu-compiled test-dry-gpu-newest datasets/fashion-mnist clean
 
 setup: $(VENV)/.complete
 
@@ -60,6 +61,13 @@ test-fast: setup
 
 test-newest: $(NEWEST)/.complete
 	$(RUN_NEWEST) -m pytest -m "not slow"
+
+# The code for CUDA on a GPU that is not there, see tests/dry_gpu/README.md.
+test-dry-gpu: test-dry-gpu-compiled test-dry-gpu-newest
+test-dry-gpu-compiled: setup
+	$(RUN) -m tests.dry_gpu test
+test-dry-gpu-newest: $(NEWEST)/.complete
+	$(RUN_NEWEST) -m tests.dry_gpu test
 
 # The four files of Fashion-MNIST, from Debian's package; nothing is installed. They appear together.
 datasets/fashion-mnist: datasets/FashionMNIST/raw
