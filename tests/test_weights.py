@@ -17,7 +17,7 @@ from mabn_d2.checkpoint import Checkpointer
 from mabn_d2.checkpoint.sources.release import convert_release
 from mabn_d2.checkpoint.sources.torchvision import convert_torchvision
 from mabn_d2.checkpoint.sources.weights import FOREIGN_NORM_NOTE
-from mabn_d2.layers.ring_buffer import record_and_average
+from mabn_d2.ops import record_and_average
 from mabn_d2.plugin import load_config
 
 from .helpers import INSTANT, load_tool
