@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,11 +35,10 @@ from mabn_d2.engine import LazyTrainer, check_lazy_config, load_lazy_config
 from mabn_d2.engine.hooks import DoubleForward
 from mabn_d2.layers import BRN2d, GhostBatchNorm2d, MABN2d, MBN2d
 
-from .test_training import assert_same_run, environment, weights
-from .workers import run_workers
+from .helpers import CONFIGS, ROOT
+from .helpers.runs import assert_same_run, environment, weights
+from .helpers.workers import run_workers
 
-ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "configs"
 MABN = CONFIGS / "FashionMNIST" / "resnet18_mabn_2.py"
 CONFIG_FILES = sorted(
     path

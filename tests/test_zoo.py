@@ -46,7 +46,7 @@ from mabn_d2.data import make_synthetic_coco
 from mabn_d2.layers import CentralizedKernel
 from mabn_d2.plugin import DETECTRON2_NORMS
 
-from .models import (
+from .helpers.models import (
     SIZE,
     build,
     build_for_inspection,

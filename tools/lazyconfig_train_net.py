@@ -14,15 +14,17 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from mabn_d2.checkpoint import Checkpointer
-from mabn_d2.data import register_shapes
 from mabn_d2.engine import LazyTrainer, load_lazy_config, preflight
+from mabn_d2.plugin.command_line import add_arguments, bring_in, set_lazy_num_classes
 from mabn_d2.utils.command_line import errors_in_one_line, without_usage
 
 
 def setup(args):
     """The config of the command line's file and overrides."""
-    register_shapes()
-    return load_lazy_config(args.config_file, args.opts)
+    bring_in(args)
+    cfg = load_lazy_config(args.config_file, args.opts)
+    set_lazy_num_classes(cfg, args)
+    return cfg
 
 
 def main(args):
@@ -43,7 +45,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = without_usage(default_argument_parser()).parse_args()
+    args = without_usage(add_arguments(default_argument_parser())).parse_args()
     with errors_in_one_line():
         for warning in preflight.check_lazy(setup(args), args):
             print(f"lazyconfig_train_net.py: warning: {warning}", file=sys.stderr)

@@ -9,28 +9,23 @@ Takes the options of Detectron2's own `tools/train_net.py`. On a machine without
 import sys
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from mabn_d2 import add_mabn_config
 from mabn_d2.checkpoint import Checkpointer
-from mabn_d2.data import register_shapes
 from mabn_d2.engine import Trainer, preflight
+from mabn_d2.plugin import load_config
+from mabn_d2.plugin.command_line import add_arguments, bring_in, set_num_classes
 from mabn_d2.utils.command_line import errors_in_one_line, without_usage
 
 
 def setup(args):
     """The frozen config of the command line's file and options."""
-    register_shapes()
-    cfg = get_cfg()
-    add_mabn_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    bring_in(args)
+    cfg = load_config(args.config_file, args.opts)
+    set_num_classes(cfg, args)
     cfg.freeze()
     return cfg
 
@@ -58,7 +53,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = without_usage(default_argument_parser()).parse_args()
+    args = without_usage(add_arguments(default_argument_parser())).parse_args()
     with errors_in_one_line():
         for warning in preflight.check(setup(args), args):
             print(f"train_net.py: warning: {warning}", file=sys.stderr)

@@ -35,3 +35,4 @@ train.max_iter = 1875
 train.checkpointer.period = 500
 train.eval_period = 500
 train.seed = 1
+train.reference_world_size = 0

@@ -6,7 +6,6 @@ import os
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import hooks
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -20,10 +19,9 @@ from detectron2.evaluation import (
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 
-from ..data.loader import TrainLoader, build_train_loader
-from ..layers import MABN2d, MBN2d
-from ..utils.random import seed_from
-from .hooks import DoubleForward, FinalCheckpoint, PreciseStatistics, SyncNormStatistics
+from ..data.loader import build_train_loader
+from ..layers import MABN2d
+from .hooks import build_hooks
 from .resumable import ResumableTrainer
 
 logger = logging.getLogger(__name__)
@@ -74,40 +72,26 @@ class Trainer(ResumableTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self):
+        """Those of :func:`mabn_d2.engine.hooks.build_hooks`."""
         cfg = self.cfg
-        before = [SyncNormStatistics(cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)]
-        if cfg.TEST.PRECISE_BN.ENABLED:
-            before.insert(
-                0,
-                PreciseStatistics(
-                    cfg.TEST.EVAL_PERIOD, self._build_precise_loader, cfg.TEST.PRECISE_BN.NUM_ITER
-                ),
-            )
-        ret = [h for h in super().build_hooks() if h and not isinstance(h, hooks.PreciseBN)]
-        after = (hooks.PeriodicCheckpointer, hooks.EvalHook)
-        place = next(i for i, hook in enumerate(ret) if isinstance(hook, after))
-        if comm.is_main_process():
-            before.append(FinalCheckpoint(self.checkpointer))
-        ret = [*ret[:place], *before, *ret[place:]]
-        if cfg.TEST.AUG.ENABLED:  # at the end, before the writers
-            place = next(i for i, h in enumerate(ret) if isinstance(h, hooks.EvalHook)) + 1
-            ret.insert(
-                place, hooks.EvalHook(0, lambda: self.test_with_augmentation(cfg, self.model))
-            )
-        is_memorized = any(isinstance(module, MBN2d) for module in self._trainer.model.modules())
-        if is_memorized and cfg.MODEL.get("MBN", {}).get("DOUBLE_FORWARD", True):
-            ret.insert(0, DoubleForward())
-        return ret
+        precise = cfg.TEST.PRECISE_BN
+        return build_hooks(
+            self,
+            double_forward=cfg.MODEL.get("MBN", {}).get("DOUBLE_FORWARD", True),
+            precise_iters=precise.NUM_ITER if precise.ENABLED else 0,
+            eval_period=cfg.TEST.EVAL_PERIOD,
+            evaluate=self._evaluate,
+            checkpoints={"period": cfg.SOLVER.CHECKPOINT_PERIOD},
+            statistics=_recorded_statistics(cfg),
+        )
 
-    def _build_precise_loader(self, iteration: int):
-        """Batches that depend on the iteration alone, or a resumed run would get others."""
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0
-        loader = self.build_train_loader(cfg)
-        if isinstance(loader, TrainLoader):
-            loader.seed = seed_from(self.seed, iteration)
-        return loader
+    def _evaluate(self):
+        results = self.test(self.cfg, self.model)
+        is_last = self.iter + 1 >= self.max_iter
+        if self.cfg.TEST.AUG.ENABLED and is_last:
+            results.update(self.test_with_augmentation(self.cfg, self.model))
+        self._last_eval_results = results  # `train` verifies them
+        return results
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -158,6 +142,11 @@ class Trainer(ResumableTrainer):
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "tta")
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model))
         return {f"{name}_TTA": result for name, result in results.items()}
+
+
+def _recorded_statistics(cfg: CfgNode) -> tuple[list[str], int] | None:
+    options = cfg.get("STATISTICS", {"ENABLED": False})
+    return (list(options["LAYERS"]), options["PERIOD"]) if options["ENABLED"] else None
 
 
 def _log_simulated_batch(model: torch.nn.Module, cfg: CfgNode) -> None:

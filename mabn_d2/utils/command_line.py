@@ -34,7 +34,7 @@ def exit_with(message: str, tool: str | None = None) -> NoReturn:
 
 def without_usage(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The parser, whose errors are one line from now on; the usage is what `--help` is for."""
-    parser.error = lambda message: exit_with(message, parser.prog)
+    parser.error = lambda message: exit_with(message, parser.prog)  # type: ignore[method-assign]
     return parser
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import os
 
 import torch
 from detectron2.config import CfgNode
@@ -13,10 +12,12 @@ from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils.file_io import PathManager
 
 from ...plugin.registry import check_norm_names, norm_options
+from ...plugin.scaling import check_batch, scaling_notice
+from ..resumable import check_trainer_state
 from ..trainer import EVALUATORS
 from .build import build, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
-from .files import check_arguments, check_output_dir, check_weights
+from .files import check_arguments, check_output_dir, check_start
 from .values import check_values
 
 
@@ -44,15 +45,20 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     num_workers = args.num_gpus * args.num_machines
     _check_together(cfg, num_workers, args.eval_only)
     check_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
-    if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
-        check_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
+    state = check_start(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", cfg.OUTPUT_DIR, args.resume)
     splits = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
     for split in splits:
         for name in cfg.DATASETS[split]:
             check_dataset(name, f"DATASETS.{split}")
         _check_proposals(cfg, split)
     warnings = _check_evaluation(cfg, args.eval_only)
-    _build_all(DefaultTrainer.auto_scale_workers(cfg, num_workers), args.eval_only)
+    notice = None if args.eval_only else scaling_notice(cfg, args.opts, num_workers)
+    if notice:
+        warnings.append(notice)
+    if not args.eval_only:
+        cfg = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        check_trainer_state(state, cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, num_workers)
+    _build_all(cfg, args.eval_only)
     with quiet():
         for name in () if args.eval_only else cfg.DATASETS.TRAIN:
             warnings += check_training_data(
@@ -67,13 +73,7 @@ def _check_together(cfg: CfgNode, num_workers: int, eval_only: bool) -> None:
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN names no data set")
-        workers = solver.REFERENCE_WORLD_SIZE or num_workers
-        source = "SOLVER.REFERENCE_WORLD_SIZE" if solver.REFERENCE_WORLD_SIZE else "--num-gpus"
-        if solver.IMS_PER_BATCH % workers:
-            raise ValueError(
-                f"SOLVER.IMS_PER_BATCH must be a positive multiple of the number of workers "
-                f"({workers}, of {source}), got {solver.IMS_PER_BATCH}"
-            )
+        check_batch(cfg, num_workers)
         if solver.AMP.ENABLED and on_cpu:
             raise ValueError("SOLVER.AMP.ENABLED needs a GPU, MODEL.DEVICE is 'cpu'")
     elif not cfg.DATASETS.TEST:

@@ -1,0 +1,51 @@
+"""What a training step of a layer costs in launches: kernels, memsets and copies on the device."""
+
+import pytest
+import torch
+
+from mabn_d2.layers import BRN2d, GhostBatchNorm2d, MABN2d, MBN2d, centralize_kernel
+from mabn_d2.training import follow_grad_scaler
+
+from . import record
+from .conditions import LAYOUTS, every_layout, train_step
+
+# Launches of forward and backward in float32, and under mixed precision with a `GradScaler`; `nn.BatchNorm2d`
+# has 3. Lower a number when the code gets better.
+BUDGETS = {
+    "MABN": (lambda: MABN2d(8), 59, 68),
+    "BRN": (lambda: BRN2d(8), 65, 65),
+    "MBN": (lambda: MBN2d(8), 78, 83),
+    "BN": (lambda: GhostBatchNorm2d(8), 31, 31),
+}
+CENTRALIZATION = 6
+
+STEPS = 3  # the first ones may set up what later ones use
+
+
+@every_layout
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed precision"])
+@pytest.mark.parametrize("norm", BUDGETS)
+def test_a_norm_stays_within_its_budget(norm, mixed, layout):
+    make, *budgets = BUDGETS[norm]
+    module = make().cuda().train()
+    dtype = torch.float16 if mixed else torch.float32
+    x = torch.zeros(4, 8, 6, 6, device="cuda", dtype=dtype).contiguous(
+        memory_format=LAYOUTS[layout]
+    )
+    x.requires_grad_()
+    if mixed:
+        scaler = torch.amp.GradScaler("cuda")
+        scaler.scale(torch.zeros((), device="cuda"))  # on the device from its first use on
+        follow_grad_scaler(module, scaler)
+    for _ in range(STEPS):
+        with record() as log, torch.autocast("cuda", enabled=mixed):
+            train_step(module, x, x.detach())
+    assert log.launches <= budgets[mixed], str(log)
+
+
+def test_centralization_of_a_kernel_stays_within_its_budget():
+    weight = torch.zeros(16, 8, 3, 3, device="cuda", requires_grad=True)
+    for _ in range(STEPS):
+        with record() as log:
+            torch.autograd.grad(centralize_kernel(weight), weight, weight.detach())
+    assert log.launches <= CENTRALIZATION, str(log)

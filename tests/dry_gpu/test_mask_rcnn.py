@@ -1,0 +1,82 @@
+"""Mask R-CNN with each norm through tools/train_net.py: it trains and evaluates, and no step of ours waits."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+from detectron2.engine import default_argument_parser
+
+from mabn_d2.data import make_synthetic_coco
+from mabn_d2.engine import Trainer
+
+from . import compute, record
+from .__main__ import ROOT
+from .conditions import NORMS
+
+CONFIG = ROOT / "configs/quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn_instant.yaml"
+SIZE = 128
+STEPS = 3
+NORM_KEYS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+
+
+@pytest.fixture(scope="module")
+def train_net():
+    spec = importlib.util.spec_from_file_location("train_net", ROOT / "tools/train_net.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    make_synthetic_coco(folder, layout="shapes", train=4, val=2, size=SIZE)
+    return folder
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """What the device is asked in each step of a trainer, and by the hooks that follow it."""
+    logs = []
+
+    def recorded(method):
+        def call(trainer):
+            with record(stacks=True) as log:
+                method(trainer)
+            logs.append(log)
+
+        return call
+
+    for name in ("run_step", "after_step"):
+        monkeypatch.setattr(Trainer, name, recorded(getattr(Trainer, name)))
+    return logs
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed precision"])
+@pytest.mark.parametrize("norm", [*NORMS, "GN", "FrozenBN"])
+def test_mask_rcnn_trains_and_evaluates_and_no_step_of_ours_waits(
+    train_net, shapes, steps, monkeypatch, tmp_path, norm, mixed
+):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
+    options = {f"MODEL.{key}.NORM": norm for key in NORM_KEYS} | {
+        "INPUT.MIN_SIZE_TRAIN": (SIZE,),
+        "INPUT.MAX_SIZE_TRAIN": SIZE,
+        "INPUT.MIN_SIZE_TEST": SIZE,
+        "INPUT.MAX_SIZE_TEST": SIZE,
+        "SOLVER.AMP.ENABLED": mixed,
+        "SOLVER.MAX_ITER": STEPS,
+        "OUTPUT_DIR": tmp_path,
+    }
+    opts = [str(item) for pair in options.items() for item in pair]
+    args = default_argument_parser().parse_args(["--config-file", str(CONFIG), *opts])
+    with compute():
+        train_net.main(args)
+    metrics = {}
+    for line in (tmp_path / "metrics.json").read_text().splitlines():
+        metrics.update(json.loads(line))
+    assert math.isfinite(metrics["total_loss"])
+    assert metrics["bbox/AP"] >= 0 and metrics["segm/AP"] >= 0
+    assert len(steps) == 2 * STEPS and all(log.launches > 500 for log in steps[::2])
+    for log in steps[2:-1]:  # the first step sets things up, the last one ends in an evaluation
+        assert not log.within("mabn_d2/").waits()
