@@ -25,6 +25,7 @@ from .values import (
     INTEGER,
     NON_EMPTY_STRING,
     NON_NEGATIVE_INTEGER,
+    NON_NEGATIVE_NUMBER,
     POSITIVE_INTEGER,
     SEED,
     STRING,
@@ -50,6 +51,7 @@ _ACCEPTED: dict[str, Accepted] = {
 # Of the configs that have them.
 _ACCEPTED_IF_THERE: dict[str, Accepted] = {
     "train.reference_world_size": NON_NEGATIVE_INTEGER,
+    "optimizer.lr": NON_NEGATIVE_NUMBER,
     "dataloader.train.total_batch_size": INTEGER,
     "dataloader.train.num_workers": NON_NEGATIVE_INTEGER,
     "dataloader.train.mapper.instance_mask_format": one_of("polygon", "bitmask"),
@@ -100,8 +102,8 @@ def check_lazy_config(
     weights, folder = entries["train.init_checkpoint"], entries["train.output_dir"]
     state = check_start(weights, "train.init_checkpoint", folder, resume)
     if not eval_only:
-        max_iter = scale_lazy_config(cfg, num_workers).train.max_iter
-        check_trainer_state(state, folder, max_iter, num_workers)
+        cfg = scale_lazy_config(cfg, num_workers)
+        check_trainer_state(state, folder, cfg.train.max_iter, num_workers)
     warnings = []
     _build_all(cfg, eval_only)
     for key, value in entries.items():
