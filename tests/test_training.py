@@ -232,7 +232,7 @@ def test_the_papers_config_trains_with_two_workers_and_evaluates_on_the_coco_lay
              "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2,
              "DATALOADER.NUM_WORKERS", 0]  # fmt: skip
     output = tmp_path / "output"
-    done = train(tmp_path, output, "--num-gpus=2", "MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", 4,
+    done = train(tmp_path, output, "--num-gpus=2", "--dist-url=auto", "MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", 4,
                  *small, config=config)  # fmt: skip
     assert "69 norms, 69 centralized convolutions" in done.stdout
     assert "Evaluation results for segm" in done.stdout

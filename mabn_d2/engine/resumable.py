@@ -3,6 +3,7 @@
 import random
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,8 @@ class ResumableTrainer(DefaultTrainer):
 
     def _place_loader(self) -> None:
         if hasattr(self.train_loader, "start_iter"):
-            self.train_loader.seed, self.train_loader.start_iter = self.seed, self.start_iter
+            loader: Any = self.train_loader
+            loader.seed, loader.start_iter = self.seed, self.start_iter
 
     def run_step(self) -> None:
         torch_seed = seed_from(self.seed, comm.get_rank(), self.iter)

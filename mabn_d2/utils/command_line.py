@@ -33,7 +33,7 @@ def exit_with(message: str) -> NoReturn:
 
 def without_usage(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The parser, whose errors are one line from now on; the usage is what `--help` is for."""
-    parser.error = exit_with
+    parser.error = exit_with  # type: ignore[method-assign]
     return parser
 
 

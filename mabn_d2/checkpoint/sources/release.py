@@ -73,9 +73,10 @@ def _name_box_convolutions(state_dict: StateDict) -> StateDict:
     )
 
     def name(key: str) -> str:
-        if parts[key] is None:
+        match = parts[key]
+        if match is None:
             return key
-        prefix, place, tensor = parts[key][1], int(parts[key][2]), parts[key][3]
+        prefix, place, tensor = match[1], int(match[2]), match[3]
         module = f"conv{sum(p <= place for p in places)}{'' if place in places else '.norm'}"
         return f"{prefix}{module}.{tensor}"
 

@@ -124,7 +124,7 @@ def resnet_name(key: str) -> str | None:
 # ----------------------------------------------------------------------------------- descriptions
 
 
-_DEPTHS = {
+_DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
     (False, (3, 4, 6, 3)): 34,
     (True, (3, 4, 6, 3)): 50,

@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from ...plugin.registry import check_norm_names, norm_options
 from ...plugin.scaling import check_batch, scaling_notice
+from ..resumable import check_num_workers
 from ..trainer import EVALUATORS
 from .build import build, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
@@ -54,7 +55,11 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     notice = None if args.eval_only else scaling_notice(cfg, args.opts, num_workers)
     if notice:
         warnings.append(notice)
-    _build_all(DefaultTrainer.auto_scale_workers(cfg, num_workers), args.eval_only)
+    if not args.eval_only:
+        if args.resume:
+            check_num_workers(cfg.OUTPUT_DIR, num_workers)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+    _build_all(cfg, args.eval_only)
     with quiet():
         for name in () if args.eval_only else cfg.DATASETS.TRAIN:
             warnings += check_training_data(name, "DATASETS.TRAIN", _needs(cfg))

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ...layers.options import Accepted
 from ...plugin.registry import check_norm_name
 from ...plugin.scaling import check_lazy_batch
+from ..resumable import check_num_workers
 from .build import build, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
 from .files import check_arguments, check_output_dir, check_weights
@@ -48,6 +49,7 @@ _ACCEPTED: dict[str, Accepted] = {
 }
 # Of the configs that have them.
 _ACCEPTED_IF_THERE: dict[str, Accepted] = {
+    "train.reference_world_size": NON_NEGATIVE_INTEGER,
     "dataloader.train.total_batch_size": POSITIVE_INTEGER,
     "dataloader.train.num_workers": NON_NEGATIVE_INTEGER,
     "dataloader.test.num_workers": NON_NEGATIVE_INTEGER,
@@ -58,7 +60,10 @@ def check_lazy(cfg: DictConfig, args: argparse.Namespace) -> list[str]:
     """The counterpart of :func:`mabn_d2.engine.preflight.check` for LazyConfigs."""
     check_arguments(args)
     num_workers = args.num_gpus * args.num_machines
-    return check_lazy_config(cfg, num_workers, args.eval_only, args.resume)
+    warnings = check_lazy_config(cfg, num_workers, args.eval_only, args.resume)
+    if args.resume and not args.eval_only:
+        check_num_workers(cfg.train.output_dir, num_workers)
+    return warnings
 
 
 def check_lazy_config(
@@ -105,8 +110,8 @@ def check_lazy_config(
     return warnings
 
 
-def items(node: dict | list, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All keys of nested containers in dotted form, with their values."""
+def items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All keys of nested dicts and lists in dotted form, with their values."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         yield f"{prefix}{key}", value
         if isinstance(value, (dict, list)):
@@ -140,13 +145,13 @@ def _needs(entries: dict[str, Any]) -> Needs:
     """Of Detectron2's own models, as far as their config says so."""
     classes_key = next(
         (key for key in ("model.roi_heads.num_classes", "model.num_classes") if key in entries),
-        None,
+        "",
     )
     mapper = "dataloader.train.mapper"
     has_masks = entries.get(f"{mapper}.use_instance_mask", False)
     return Needs(
         num_classes=entries.get(classes_key),
-        num_classes_key=classes_key or "",
+        num_classes_key=classes_key,
         mask_format=entries.get(f"{mapper}.instance_mask_format", "polygon") if has_masks else None,
         mask_format_key=f"{mapper}.instance_mask_format",
     )
