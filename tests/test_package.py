@@ -37,6 +37,7 @@ def test_without_detectron2_the_layers_train_and_the_import_is_silent():
         "model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), mabn_d2.MABN2d(4))\n"
         "mabn_d2.centralize(model)\n"
         "model(torch.rand(2, 3, 5, 5)).sum().backward()\n"
+        "assert len(mabn_d2.fold(model).state_dict()) == 2\n"
         "import mabn_d2.surgery, mabn_d2.training, mabn_d2.ops\n"
     )
     done = run(WITHOUT_DETECTRON2 + code)

@@ -1,7 +1,6 @@
 """What is checked of a LazyConfig."""
 
 import argparse
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ...layers.options import Accepted
 from ...plugin.registry import check_norm_name
-from ...plugin.scaling import check_lazy_batch
+from ...plugin.scaling import check_lazy_batch, scale_lazy_config
+from ..resumable import check_trainer_state
 from .build import build, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
-from .files import check_arguments, check_output_dir, check_weights
+from .files import check_arguments, check_output_dir, check_start
 from .values import (
     BOOLEAN,
     DEVICE,
@@ -48,8 +48,10 @@ _ACCEPTED: dict[str, Accepted] = {
 }
 # Of the configs that have them.
 _ACCEPTED_IF_THERE: dict[str, Accepted] = {
+    "train.reference_world_size": NON_NEGATIVE_INTEGER,
     "dataloader.train.total_batch_size": POSITIVE_INTEGER,
     "dataloader.train.num_workers": NON_NEGATIVE_INTEGER,
+    "dataloader.train.mapper.instance_mask_format": one_of("polygon", "bitmask"),
     "dataloader.test.num_workers": NON_NEGATIVE_INTEGER,
 }
 
@@ -94,8 +96,11 @@ def check_lazy_config(
     if not eval_only:
         check_lazy_batch(cfg, num_workers)
     check_output_dir(entries["train.output_dir"], "train.output_dir")
-    if not (resume and os.path.isfile(f"{entries['train.output_dir']}/last_checkpoint")):
-        check_weights(entries["train.init_checkpoint"], "train.init_checkpoint")
+    weights, folder = entries["train.init_checkpoint"], entries["train.output_dir"]
+    state = check_start(weights, "train.init_checkpoint", folder, resume)
+    if not eval_only:
+        max_iter = scale_lazy_config(cfg, num_workers).train.max_iter
+        check_trainer_state(state, folder, max_iter, num_workers)
     warnings = []
     _build_all(cfg, eval_only)
     for key, value in entries.items():
