@@ -2,7 +2,6 @@
 
 import logging
 from functools import partial
-from pathlib import Path
 
 import pytest
 from detectron2.config import LazyConfig
@@ -15,7 +14,8 @@ from mabn_d2.layers import MABN2d
 from mabn_d2.plugin import check_batch, load_config, norm_options, scaling_notice
 from mabn_d2.plugin.scaling import check_lazy_batch, scale_lazy_config
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+from .helpers import CONFIGS
+
 YAML_FILES = sorted(
     str(path.relative_to(CONFIGS))
     for path in CONFIGS.rglob("*.yaml")

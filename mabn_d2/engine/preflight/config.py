@@ -18,6 +18,7 @@ from ..trainer import EVALUATORS
 from .build import build, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
 from .files import check_arguments, check_output_dir, check_start
+from .operators import check_compiled_operators
 from .values import check_values
 
 
@@ -39,6 +40,7 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     """
     check_arguments(args)
     check_values(cfg)
+    check_compiled_operators(cfg)
     check_norm_names(cfg)
     norm_options(cfg)
     num_workers = args.num_gpus * args.num_machines
