@@ -179,7 +179,7 @@ def test_a_wrong_option_is_reported_in_one_line_before_anything_starts(
     shapes, tmp_path, options, message
 ):
     done = train(shapes, tmp_path / "output", *options, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     lines = [l for l in done.stdout.splitlines() if "arn" not in l and "pkg_resources" not in l]
     assert len(lines) == 1 and message in lines[0]
     assert not (tmp_path / "output").exists()

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ...layers.options import Accepted
 from ...plugin.registry import check_norm_name
-from ...plugin.scaling import check_lazy_batch
+from ...plugin.scaling import check_lazy_batch, lazy_scaling_notice
 from ..resumable import check_num_workers
 from .build import build, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
@@ -63,7 +63,8 @@ def check_lazy(cfg: DictConfig, args: argparse.Namespace) -> list[str]:
     warnings = check_lazy_config(cfg, num_workers, args.eval_only, args.resume)
     if args.resume and not args.eval_only:
         check_num_workers(cfg.train.output_dir, num_workers)
-    return warnings
+    notice = None if args.eval_only else lazy_scaling_notice(cfg, args.opts, num_workers)
+    return [*warnings, notice] if notice else warnings
 
 
 def check_lazy_config(
