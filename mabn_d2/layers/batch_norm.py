@@ -6,65 +6,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..ops import add_affine_, channel_mean_var
+from ..ops import (
+    add_affine_,
+    channel_mean_var,
+    exponential_averages,
+    normalization_backward,
+)
 from .norm import Norm2d
 from .norm_batch import NormBatches
-from .ring_buffer import exponential_average
-
-
-class _NormalizeFunction(torch.autograd.Function):
-    """
-    out = scale·z + shift with z = (x - μ) / sqrt(σ² + ε), where `share` of μ and σ² is the batch's own.
-
-    With dμ/dx = share/n and dσ²/dx = 2·share·(x - μ)/n for a batch of n values:
-
-        ∂L/∂x = scale / sqrt(σ² + ε) · (d - share·mean(d) - share·z·mean(d·z))
-
-    A share of 1 (None) makes this BN's backward.
-    """
-
-    @staticmethod
-    def forward(ctx, x, scale, shift, mean, var, share, eps, norm_batch_size):
-        batches = NormBatches(x.shape, norm_batch_size)
-        ctx.save_for_backward(x, scale, mean, var, share)
-        ctx.eps, ctx.norm_batch_size = eps, norm_batch_size
-        spread = batches.spread
-        out = F.batch_norm(
-            batches.split(x), spread(mean), spread(var), spread(scale), spread(shift),
-            training=False, eps=eps,
-        )  # fmt: skip
-        return batches.join(out, x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, d):
-        x, scale, mean, var, share = ctx.saved_tensors
-        batches = NormBatches(x.shape, ctx.norm_batch_size)
-        needs_x = ctx.needs_input_grad[0]
-        inv_std = (var + ctx.eps).rsqrt()
-        if batches.num == 1:
-            weight = scale[0] if share is None else scale[0] * share[0]
-            grad_x, sum_dz, sum_d = torch.ops.aten.native_batch_norm_backward(
-                d, x, weight, None, None, mean[0], inv_std[0], True, ctx.eps, [needs_x, True, True]
-            )
-            sum_dz, sum_d = sum_dz[None], sum_d[None]
-            if needs_x and share is not None:
-                add_affine_(grad_x, d, (scale * (1 - share) * inv_std)[0])
-            return grad_x, sum_dz, sum_d, None, None, None, None, None
-        spread, x_planes = batches.spread, batches.split(x)
-        grad_x, sum_dz, sum_d = torch.ops.aten.native_batch_norm_backward(
-            batches.split(d), x_planes, spread(scale), spread(mean), spread(var),
-            spread(mean), spread(inv_std), False, ctx.eps, [needs_x, True, True],
-        )  # fmt: skip
-        sum_dz, sum_d = batches.total(sum_dz), batches.total(sum_d)
-        if needs_x:  # as yet scale / sqrt(σ² + ε) · d
-            factor = -scale * inv_std / batches.counts(scale)
-            if share is not None:
-                factor = factor * share
-            slope = factor * inv_std * sum_dz
-            add_affine_(grad_x, x_planes, spread(slope), spread(factor * sum_d - slope * mean))
-            grad_x = batches.join(grad_x, x)
-        return grad_x, sum_dz, sum_d, None, None, None, None, None
 
 
 class Normalization(NamedTuple):
@@ -75,6 +24,84 @@ class Normalization(NamedTuple):
     share: torch.Tensor | None = None  # (G, 1): the batch's share of mean and var; None is 1
     r: torch.Tensor | None = None  # None is 1
     d: torch.Tensor | None = None  # None is 0
+
+
+class _NormalizeFunction(torch.autograd.Function):
+    """
+    out = scale·z + bias with z = (x - μ) / sqrt(σ² + ε), where `share` of μ and σ² is the batch's own.
+
+    With dμ/dx = share/n and dσ²/dx = 2·share·(x - μ)/n for a batch of n values:
+
+        ∂L/∂x = scale / sqrt(σ² + ε) · (d - share·mean(d) - share·z·mean(d·z))
+
+    A share of 1 (None) makes this BN's backward. With scale = γ·r and bias = β + γ·d_, r and d_ being constants:
+
+        ∂L/∂γ = Σ d·(r·z + d_)                              ∂L/∂β = Σ d
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, statistics, eps, norm_batch_size):
+        mean, var, share, r, d = statistics
+        batches = NormBatches(x.shape, norm_batch_size)
+        if weight is None:
+            scale, shift = torch.ones_like(mean), torch.zeros_like(mean)
+        else:
+            scale, shift = weight.expand_as(mean), bias.expand_as(mean)
+        if d is not None:
+            shift = torch.addcmul(shift, scale, d)
+        if r is not None:
+            scale = scale * r
+        ctx.save_for_backward(x, scale, mean, var, share, r, d)
+        ctx.eps, ctx.norm_batch_size = eps, norm_batch_size
+        spread = batches.spread
+        out = F.batch_norm(
+            batches.split(x), spread(mean), spread(var), spread(scale), spread(shift),
+            training=False, eps=eps,
+        )  # fmt: skip
+        return batches.join(out, x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out):
+        x, scale, mean, var, share, r, d = ctx.saved_tensors
+        batches = NormBatches(x.shape, ctx.norm_batch_size)
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        inv_std = (var + ctx.eps).rsqrt()
+        if batches.num == 1:
+            grad_x, sum_dz, sum_d = normalization_backward(
+                d_out,
+                x,
+                mean[0],
+                inv_std[0],
+                scale[0],
+                None if share is None else share[0],
+                needs_x,
+            )
+            sum_dz, sum_d = sum_dz[None], sum_d[None]
+        else:
+            spread, x_planes = batches.spread, batches.split(x)
+            grad_x, sum_dz, sum_d = torch.ops.aten.native_batch_norm_backward(
+                batches.split(d_out), x_planes, spread(scale), spread(mean), spread(var),
+                spread(mean), spread(inv_std), False, ctx.eps, [needs_x, True, True],
+            )  # fmt: skip
+            sum_dz, sum_d = batches.total(sum_dz), batches.total(sum_d)
+            if needs_x:  # as yet scale / sqrt(σ² + ε) · d
+                factor = -scale * inv_std / batches.counts(scale)
+                if share is not None:
+                    factor = factor * share
+                slope = factor * inv_std * sum_dz
+                add_affine_(grad_x, x_planes, spread(slope), spread(factor * sum_d - slope * mean))
+                grad_x = batches.join(grad_x, x)
+        grad_weight = sum_dz if r is None else r * sum_dz
+        if d is not None:
+            grad_weight = torch.addcmul(grad_weight, d, sum_d)
+        grad_weight = _total(grad_weight) if needs_weight else None
+        return grad_x, grad_weight, _total(sum_d) if needs_bias else None, None, None, None
+
+
+def _total(vectors: torch.Tensor) -> torch.Tensor:
+    """The sum of vectors, shape (G, C) -> (C,)."""
+    return vectors[0] if len(vectors) == 1 else vectors.sum(0)
 
 
 class BatchStatisticsNorm2d(Norm2d, nn.BatchNorm2d):
@@ -112,18 +139,10 @@ class BatchStatisticsNorm2d(Norm2d, nn.BatchNorm2d):
         raise NotImplementedError
 
     def _normalize(self, x: torch.Tensor, statistics: Normalization) -> torch.Tensor:
-        mean, var, share, r, d = statistics
-        scale, shift = torch.ones_like(mean), torch.zeros_like(mean)
-        if self.affine:
-            scale = self._float(self.weight).expand_as(mean)
-            shift = self._float(self.bias).expand_as(mean)
-        if d is not None:
-            shift = shift + scale * d
-        if r is not None:
-            scale = scale * r
         return _NormalizeFunction.apply(
-            x, scale, shift, mean, var, share, self.eps, self.norm_batch_size
-        )
+            x, self._float(self.weight), self._float(self.bias), statistics, self.eps,
+            self.norm_batch_size,
+        )  # fmt: skip
 
     def _update_running_statistics(self, mean: torch.Tensor, var: torch.Tensor, counts):
         """
@@ -134,9 +153,8 @@ class BatchStatisticsNorm2d(Norm2d, nn.BatchNorm2d):
         """
         others = max(counts - 1, 1) if isinstance(counts, int) else (counts - 1).clamp(min=1)
         unbiased = var * (counts / others)
-        before = []
-        for running, value in [(self.running_mean, mean), (self.running_var, unbiased)]:
-            before.append(exponential_average(running, value, self.momentum))
+        running = [self.running_mean, self.running_var]
+        before = exponential_averages(running, [mean, unbiased], self.momentum)
         self.num_batches_tracked += len(mean)
         return before
 

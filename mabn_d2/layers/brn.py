@@ -7,6 +7,7 @@ Ioffe 2017, https://arxiv.org/abs/1702.03275
 
 import torch
 
+from ..ops import constant
 from .batch_norm import BatchStatisticsNorm2d, Normalization
 from .options import (
     AtLeastOne,
@@ -70,26 +71,34 @@ class BRN2d(BatchStatisticsNorm2d):
         self.to(device=device, dtype=dtype)
 
     def _normalization(self, mean, var, counts):
-        iters = self.num_batches_tracked + torch.arange(len(mean), device=mean.device)[:, None]
+        bounds = self._bounds(len(mean), mean.dtype)  # before this iteration is counted
         running_mean, running_var = self._update_running_statistics(mean, var, counts)
         if not self.renormalize:
             return Normalization(mean, var)
-        sigma = (running_var + self.eps).sqrt()
-        r_max = _grow(1.0, self.r_max, self.r_max_iters, iters).to(sigma.dtype)
-        d_max = _grow(0.0, self.d_max, self.d_max_iters, iters).to(sigma.dtype)
-        r = ((var + self.eps).sqrt() / sigma).clamp(1 / r_max, r_max)
-        d = ((mean - running_mean) / sigma).clamp(-d_max, d_max)
+        r_max, d_max, d_min = bounds
+        squared, running_squared = torch._foreach_add([var, running_var], self.eps)  # σ_B², σ²
+        r = (squared / running_squared).sqrt_().clamp_(1 / r_max, r_max)
+        d = ((mean - running_mean) * running_squared.rsqrt_()).clamp_(d_min, d_max)
         return Normalization(mean, var, r=r, d=d)
+
+    def _bounds(self, num: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """r_max, d_max and -d_max of each of the next `num` iterations, shape (num, 1)."""
+        iters = self.num_batches_tracked.view(1, 1)
+        like = dict(dtype=torch.float64, device=iters.device)
+        if num > 1:
+            iters = iters + torch.arange(num, device=iters.device)[:, None]
+        starts, ends = zip(self.r_max_iters, self.d_max_iters, self.d_max_iters)
+        lengths = tuple(max(end - start, 1) for start, end in zip(starts, ends))
+        progress = (iters - constant(torch.tensor, starts, **like)) / constant(
+            torch.tensor, lengths, **like
+        )
+        first = constant(torch.tensor, (1.0, 0.0, 0.0), **like)
+        growth = constant(torch.tensor, (self.r_max - 1, self.d_max, -self.d_max), **like)
+        bounds = torch.addcmul(first, growth, progress.clamp_(0, 1))
+        return bounds.to(dtype)[:, :, None].unbind(1)
 
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, r_max={self.r_max}, r_max_iters={self.r_max_iters}, "
             f"d_max={self.d_max}, d_max_iters={self.d_max_iters}"
         )
-
-
-def _grow(first: float, last: float, between: tuple[int, int], iters: torch.Tensor) -> torch.Tensor:
-    """A value that grows linearly between two iterations, at each of `iters`."""
-    start, end = between
-    progress = ((iters - start).double() / max(end - start, 1)).clamp(0, 1)
-    return first + (last - first) * progress

@@ -15,6 +15,27 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ..ops import affine_map, constant
+
+
+class _CentralizeFunction(torch.autograd.Function):
+    """W - mean(W) + m₀ for m₀ of shape (out_channels,), and its gradient, in two operations each."""
+
+    @staticmethod
+    def forward(ctx, weight, mean):
+        in_order = weight  # of memory, so that the result keeps the format
+        if weight.is_contiguous(memory_format=torch.channels_last):
+            in_order = weight.permute(0, 2, 3, 1)
+        filters = in_order.reshape(1, len(weight), -1, 1)
+        now = filters.mean((0, 2, 3), dtype=mean.dtype)
+        ones = constant(torch.ones, len(weight), dtype=mean.dtype, device=weight.device)
+        centralized = affine_map(filters, now, ones, mean).view(in_order.shape)
+        return centralized if in_order is weight else centralized.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, d):
+        return d - d.mean((1, 2, 3), keepdim=True), None
+
 
 def centralize_kernel(weight: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
     """
@@ -27,8 +48,10 @@ def centralize_kernel(weight: torch.Tensor, mean: torch.Tensor | None = None) ->
     Returns:
         tensor of the weight's shape and dtype.
     """
-    now = weight.mean(dim=(1, 2, 3), keepdim=True)
-    return weight - (now if mean is None else now - mean.to(weight.dtype))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if mean is None:
+        mean = constant(torch.zeros, len(weight), dtype=dtype, device=weight.device)
+    return _CentralizeFunction.apply(weight, mean.flatten().to(dtype))
 
 
 def can_be_centralized(convolution: nn.Module) -> bool:

@@ -8,9 +8,16 @@ Authors' release: https://github.com/megvii-model/MABN
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from ..ops import add_affine_, second_moment_about
+from ..ops import (
+    ForwardFactors,
+    affine_map,
+    affine_map_backward,
+    constant,
+    mabn_backward_slope,
+    mabn_forward_factors,
+    second_moment_about,
+)
 from .norm import Norm2d
 from .norm_batch import NormBatches
 from .options import (
@@ -22,64 +29,53 @@ from .options import (
     PositiveNumber,
     checked,
 )
-from .ring_buffer import RingBuffer, exponential_average, record_and_average
+from .ring_buffer import RingBuffer
 
 
 class _MABNFunction(torch.autograd.Function):
     """
-    out = γ·r·z + β with z = (x - s) / sqrt(χ̄² + ε), and the backward pass with a moving average of ψ.
+    out = γ·ρ·(x - s) + β with ρ = r / sqrt(χ̄² + ε), and the backward pass with a moving average of ψ.
 
-    PyTorch's batch norm in its inference form is exactly the affine map of the forward pass, and
-    its backward yields g / sqrt(χ̄² + ε), Σ d·z and Σ d in one fused call. What BN has no counterpart
-    for, the term z·ψ̄ / sqrt(χ̄² + ε), is one in-place multiply-add. Backward keeps the input and
-    vectors of C values.
+    With d = ∂L/∂out:
+
+        ∂L/∂γ = Σ d·ρ·(x - s)                               ∂L/∂β = Σ d
+        ψ_B   = γ·(∂L/∂γ) / n                               which is mean(g·z) of n values
+        ∂L/∂x = γ·ρ·d - ψ̄ / (χ̄² + ε)·(x - s)
+
+    Backward keeps the input and vectors of C values.
     """
 
     @staticmethod
-    def forward(
-        ctx, x, weight, bias, shift, second_moment, r, loss_scale, psi_values, psi_count,
-        warmup_iters, eps, norm_batch_size,
-    ):  # fmt: skip
+    def forward(ctx, x, weight, bias, shift, factors, psi, norm_batch_size):
         batches = NormBatches(x.shape, norm_batch_size)
-        scale = r if weight is None else r * weight  # γ·r
-        ctx.save_for_backward(x, scale, shift, second_moment, r)
-        ctx.loss_scale, ctx.eps, ctx.norm_batch_size = loss_scale, eps, norm_batch_size
-        ctx.psi_values, ctx.psi_count, ctx.warmup_iters = psi_values, psi_count, warmup_iters
-        spread = batches.spread
-        out = F.batch_norm(
-            batches.split(x), spread(shift.expand_as(scale)), spread(second_moment), spread(scale),
-            bias if bias is None else spread(bias.expand_as(scale)), training=False, eps=eps,
-        )  # fmt: skip
+        ctx.save_for_backward(x, weight, shift, *factors)
+        ctx.psi, ctx.norm_batch_size = psi, norm_batch_size
+        spread, scale = batches.spread, factors.scale
+        bias = None if bias is None else spread(bias.expand_as(scale))
+        out = affine_map(batches.split(x), spread(shift.expand_as(scale)), spread(scale), bias)
         return batches.join(out, x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d):
-        x, scale, shift, second_moment, r = ctx.saved_tensors
+        x, weight, shift, *factors = ctx.saved_tensors
+        unit, scale, squared = factors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         batches = NormBatches(x.shape, ctx.norm_batch_size)
-        spread, x_planes = batches.spread, batches.split(x)
-        shifts, moments = spread(shift.expand_as(scale)), spread(second_moment)
-        grad_x, sum_dz, sum_d = torch.ops.aten.native_batch_norm_backward(
-            batches.split(d), x_planes, spread(scale), shifts, moments,
-            shifts, (moments + ctx.eps).rsqrt(), False, ctx.eps,
-            [needs_x, needs_x or needs_weight, needs_bias],
+        spread = batches.spread
+
+        def slope(sum_dz):
+            sum_dz, num_values = batches.total(sum_dz), batches.counts(sum_dz)
+            return spread(mabn_backward_slope(sum_dz, num_values, squared, weight, *ctx.psi))
+
+        grad_x, sum_dz, sum_d = affine_map_backward(
+            batches.split(d), batches.split(x), spread(shift.expand_as(scale)), spread(scale),
+            spread(unit), slope, needs_x,
         )  # fmt: skip
-        if needs_x or needs_weight:
-            sum_dz = batches.total(sum_dz)
-        if needs_x:
-            psi = scale * sum_dz / batches.counts(scale)  # ψ_B = mean(g·z)
-            if ctx.loss_scale is not None:  # the buffer is in the unit of the unscaled loss
-                psi = psi / ctx.loss_scale
-            psi = record_and_average(psi, ctx.psi_values, ctx.psi_count, ctx.warmup_iters)
-            if ctx.loss_scale is not None:
-                psi = psi * ctx.loss_scale
-            slope = -spread(psi) / (moments + ctx.eps)
-            add_affine_(grad_x, x_planes, slope, -slope * shifts)
-            grad_x = batches.join(grad_x, x)
-        grad_weight = (r * sum_dz).sum(0) if needs_weight else None
-        grad_bias = batches.total(sum_d).sum(0) if needs_bias else None
-        return (grad_x, grad_weight, grad_bias) + (None,) * 9
+        grad_x = batches.join(grad_x, x) if needs_x else None
+        grad_weight = batches.sum(sum_dz) if needs_weight else None
+        grad_bias = batches.sum(sum_d) if needs_bias else None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 class MABN2d(Norm2d):
@@ -177,22 +173,15 @@ class MABN2d(Norm2d):
         return {**super().__getstate__(), "grad_scaler": None}
 
     @torch.no_grad()
-    def _update_statistics(
-        self, x: torch.Tensor, batches: NormBatches
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """χ̄² and r of this iteration, both of shape (G, C)."""
+    def _update_statistics(self, x: torch.Tensor, batches: NormBatches) -> ForwardFactors:
         shift = batches.spread(self.running_mean.expand(batches.num, -1))
         second_moment = batches.mean(second_moment_about(batches.split(x), shift))
         ring = self.second_moment
-        second_moment = record_and_average(
-            second_moment, ring.values, ring.count, self.average_start_iter
-        )
-        running_var = exponential_average(self.running_var, second_moment, self.momentum)
-        if not self.renormalize:
-            return second_moment, torch.ones_like(second_moment)
-        r = ((second_moment + self.eps) / (running_var + self.eps)).sqrt()
-        r = r.clamp(1 / self.renorm_clip, self.renorm_clip)
-        return second_moment, torch.where(self._may_renormalize(batches.num), r, 1.0)
+        return mabn_forward_factors(
+            second_moment, ring.values, ring.count, self.running_var, self._float(self.weight),
+            self.average_start_iter, self.renorm_start_iter if self.renormalize else None,
+            self.renorm_clip, self.momentum, self.eps,
+        )  # fmt: skip
 
     @torch.no_grad()
     def set_population_statistics(self, mean: torch.Tensor, var: torch.Tensor) -> None:
@@ -205,21 +194,14 @@ class MABN2d(Norm2d):
         # The release compares with `t <= m or t < warmup_iters`, t counted from 1.
         return max(self.psi.size, self.warmup_iters - 1)
 
-    def _may_renormalize(self, num: int) -> torch.Tensor:
-        """For each of the last `num` normalization batches, whether r may differ from 1: (num, 1)."""
-        count = self.second_moment.count
-        if num > 1:
-            count = (count - torch.arange(num - 1, -1, -1, device=count.device))[:, None]
-        return count > self.renorm_start_iter
-
-    def _normalize(self, x: torch.Tensor, statistics: tuple[torch.Tensor, torch.Tensor]):
-        second_moment, r = statistics
+    def _normalize(self, x: torch.Tensor, statistics: ForwardFactors) -> torch.Tensor:
         loss_scale = None
         if self.grad_scaler is not None:  # `scale` does not wait for the device
-            loss_scale = self.grad_scaler.scale(torch.ones_like(r[0, 0]))
+            one = constant(torch.ones, (), dtype=self.running_var.dtype, device=x.device)
+            loss_scale = self.grad_scaler.scale(one)
+        psi = loss_scale, self.psi.values, self.psi.count, self.average_start_iter
         return _MABNFunction.apply(
-            x, self._float(self.weight), self._float(self.bias), self.running_mean, second_moment, r,
-            loss_scale, self.psi.values, self.psi.count, self.average_start_iter, self.eps,
+            x, self._float(self.weight), self._float(self.bias), self.running_mean, statistics, psi,
             self.norm_batch_size,
         )  # fmt: skip
 

@@ -7,6 +7,7 @@ https://arxiv.org/abs/2010.04947
 
 import torch
 
+from ..ops import constant, record_one
 from .batch_norm import BatchStatisticsNorm2d, Normalization
 from .options import Fraction, PositiveInteger, PositiveNumber, checked
 from .ring_buffer import RingBuffer
@@ -76,41 +77,47 @@ class MBN2d(BatchStatisticsNorm2d):
 
     def _normalization(self, mean, var, counts):
         memory = self.memory
-        recorded = memory.push(torch.stack([mean, var], 1))
-        weights = self._weights(recorded.counts)
-        means, variances = recorded.windows.unbind(2)  # (G, k, C)
+        statistics = torch.stack([mean, var], 1)
+        if len(mean) == 1:
+            _, finite = record_one(statistics, memory.values, memory.count)
+            count, windows = memory.count.view(1), memory.values[None]
+            age = (count - 1 - memory.rows) % memory.size  # of each row
+        else:
+            windows, count, finite = memory.push(statistics)
+            age = memory.size - 1 - memory.rows
+        by_age = self._weights.index_select(0, count.clamp(max=memory.size))  # (G, k)
+        weights = by_age.index_select(1, age)[:, :, None]
+        means, variances = windows.unbind(2)  # (G, k, C)
         mean = (weights * means).sum(1)
-        var = (weights * (variances + (means - mean[:, None]).square())).sum(1)
-        is_empty = (recorded.counts == 0)[:, None]
-        var = torch.where(is_empty, self.running_var, var)
+        deviation = means - mean[:, None]
+        var = (weights * torch.addcmul(variances, deviation, deviation)).sum(1)
+        is_empty = (count == 0)[:, None]
         mean = torch.where(is_empty, self.running_mean, mean)
+        var = torch.where(is_empty, self.running_var, var)
         self.running_mean.copy_(mean[-1])
         self.running_var.copy_(var[-1])
         self.num_batches_tracked += len(mean)
         if memory.size == 1:
             return Normalization(mean, var)
-        return Normalization(mean, var, share=weights[:, -1] * recorded.finite[:, None])
+        return Normalization(mean, var, share=(by_age[:, 0] * finite)[:, None])
 
-    def _weights(self, counts: torch.Tensor) -> torch.Tensor:
-        """
-        The weights of remembered batches, the oldest first.
-
-        Args:
-            counts: shape (G,), how many batches have been remembered.
-
-        Returns:
-            shape (G, k, 1).
-        """
-        values = self.memory.values
-        age = torch.arange(len(values) - 1, -1, -1, device=values.device)
-        older = (self.decay ** age.to(values.dtype)) * (age > 0) * (age < counts[:, None])
-        total = older.sum(1, keepdim=True)
-        current = torch.where(total > 0, torch.full_like(total, self.current_weight), 1.0)
-        weights = (1 - current) * older / total.clamp(min=torch.finfo(values.dtype).tiny)
-        return torch.where(age == 0, current, weights)[:, :, None]
+    @property
+    def _weights(self) -> torch.Tensor:
+        """Of remembered batches, shape (k + 1, k): row j is for a memory of j batches, column i for age i."""
+        like = dict(dtype=self.memory.values.dtype, device=self.memory.values.device)
+        return constant(_weights, self.memory.size, self.current_weight, self.decay, **like)
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, eps={self.eps}, memory_size={self.memory.size}, "
             f"current_weight={self.current_weight}, decay={self.decay}, affine={self.affine}"
         )
+
+
+def _weights(size: int, current_weight: float, decay: float, **like) -> torch.Tensor:
+    weights = torch.zeros(size + 1, size, dtype=torch.float64)
+    for there in range(1, size + 1):
+        older = decay ** torch.arange(1, there, dtype=torch.float64)
+        weights[there, 0] = current_weight if there > 1 else 1.0
+        weights[there, 1:there] = (1 - current_weight) * older / older.sum()
+    return weights.to(**like)

@@ -55,6 +55,10 @@ class NormBatches:
         padded = F.pad(sums.view(n, c), (0, 0, 0, self.num * self.size - n))
         return padded.view(self.num, self.size, c).sum(1)
 
+    def sum(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums per channel of :meth:`split`'s result, added up over all images: (C,)."""
+        return sums if self.num == 1 else sums.view(self.shape[:2]).sum(0)
+
     def mean(self, means: torch.Tensor) -> torch.Tensor:
         """Means per channel of :meth:`split`'s result as those of each normalization batch: (G, C)."""
         if self.num == 1:

@@ -1,12 +1,11 @@
-"""The memory of batch statistics over iterations, and the averages that stabilize them."""
+"""The memory of batch statistics over iterations."""
 
-import logging
-from typing import NamedTuple
+import warnings
 
 import torch
 from torch import nn
 
-logger = logging.getLogger(__name__)
+from ..ops import Recorded, constant, record
 
 
 class Statistics(nn.Module):
@@ -24,19 +23,6 @@ class Statistics(nn.Module):
             if now is not None and now.dtype in (torch.float16, torch.bfloat16):
                 self._buffers[name] = buffer.to(now.device)
         return self
-
-
-def is_finite(statistics: torch.Tensor) -> torch.Tensor:
-    """For each of G statistics, shape (G, ...), whether all of its values are finite: (G,)."""
-    return torch.linalg.vector_norm(statistics.flatten(1), float("inf"), dim=1) < float("inf")
-
-
-class Recorded(NamedTuple):
-    """What a ring buffer of m statistics held after each of G statistics was pushed."""
-
-    windows: torch.Tensor  # (G, m, ...), the oldest first
-    counts: torch.Tensor  # (G,), how many had been recorded since the start
-    finite: torch.Tensor  # (G,), whether the statistic itself was recorded
 
 
 class RingBuffer(Statistics):
@@ -71,88 +57,20 @@ class RingBuffer(Statistics):
         """How many statistics are kept."""
         return len(self.values)
 
+    @property
+    def rows(self) -> torch.Tensor:
+        """0 to `size` - 1, int64."""
+        return constant(torch.arange, self.size, dtype=torch.long, device=self.values.device)
+
     def push(self, statistics: torch.Tensor) -> Recorded:
         """Records G statistics in order, shape (G, *shape)."""
         return record(statistics, self.values, self.count)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        adapt_ring_buffer(self, state_dict, prefix)
+        change = adapt_ring_buffer(self, state_dict, prefix)
+        if change:  # Python shows the same warning once, so not for each norm of a model
+            warnings.warn(f"Ring buffers were {change}", stacklevel=2)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-@torch.no_grad()
-def record(statistics: torch.Tensor, values: torch.Tensor, count: torch.Tensor) -> Recorded:
-    """
-    Pushes statistics into a ring buffer, in order and in place.
-
-    Args:
-        statistics: shape (G, ...).
-        values: the ring buffer, shape (m, ...).
-        count: how many statistics were recorded since the start, int64 of shape ().
-    """
-    finite = is_finite(statistics)
-    recorded = finite.cumsum(0)
-    slots = torch.arange(len(values), device=values.device)
-    past = values.index_select(0, (count + slots) % len(values))
-    order = torch.argsort((~finite).byte(), stable=True)  # CUDA does not sort booleans
-    keep = finite.index_select(0, order).view(-1, *[1] * (statistics.dim() - 1))
-    new = torch.where(keep, statistics.index_select(0, order), 0.0)
-    windows = torch.cat([past, new]).unfold(0, len(values), 1).movedim(-1, 1)
-    windows = windows.index_select(0, recorded)
-    counts = count + recorded
-    count.copy_(counts[-1])
-    values.index_copy_(0, (count + slots) % len(values), windows[-1])
-    return Recorded(windows, counts, finite)
-
-
-@torch.no_grad()
-def record_and_average(
-    statistics: torch.Tensor, values: torch.Tensor, count: torch.Tensor, warmup_iters: int
-) -> torch.Tensor:
-    """
-    :func:`record`, and the mean of the ring buffer after each statistic.
-
-    While no more than `warmup_iters` statistics were recorded it is the statistic itself: early in
-    training the statistics move faster than an average can follow.
-
-    Returns:
-        tensor like `statistics`.
-    """
-    if len(statistics) > 1:
-        windows, counts, finite = record(statistics, values, count)
-        averages = windows.mean(1)
-    else:  # the same, with the fewest operations
-        counts = count
-        finite = is_finite(statistics)
-        slot = (count % len(values)).view(1)
-        values.index_copy_(0, slot, torch.where(finite, statistics, values.index_select(0, slot)))
-        count += finite[0]
-        averages = values.mean(0, keepdim=True)
-    is_warmup = (finite & (counts <= warmup_iters))[:, None]
-    return torch.where(is_warmup, statistics, averages)
-
-
-@torch.no_grad()
-def exponential_average(
-    running: torch.Tensor, statistics: torch.Tensor, momentum: float
-) -> torch.Tensor:
-    """
-    Moves a running statistic towards G statistics in order: running ← (1 - momentum)·running + momentum·s.
-
-    A value that is not finite moves nothing.
-
-    Args:
-        running: shape (C,), changed in place.
-        statistics: shape (G, C).
-
-    Returns:
-        what it was before each of the statistics, shape (G, C).
-    """
-    before = []
-    for statistic in statistics:
-        before.append(running.clone())
-        running.lerp_(torch.where(statistic.isfinite(), statistic, running), momentum)
-    return torch.stack(before)
 
 
 def resample(values: torch.Tensor, count: int, size: int) -> torch.Tensor:
@@ -179,7 +97,7 @@ def resample(values: torch.Tensor, count: int, size: int) -> torch.Tensor:
     return resampled
 
 
-def adapt_ring_buffer(ring: RingBuffer, state_dict: dict, prefix: str) -> bool:
+def adapt_ring_buffer(ring: RingBuffer, state_dict: dict, prefix: str) -> str:
     """
     Makes the entries of a ring buffer in a state dict such that they fit and belong together, in place.
 
@@ -191,24 +109,22 @@ def adapt_ring_buffer(ring: RingBuffer, state_dict: dict, prefix: str) -> bool:
         prefix: of the ring's entries.
 
     Returns:
-        whether anything was changed.
+        what was changed, in words; "" for nothing.
     """
-    keys = values_key, count_key = prefix + "values", prefix + "count"
-    values, count = (state_dict.get(key) for key in keys)
+    values, count = state_dict.get(prefix + "values"), state_dict.get(prefix + "count")
     if values is None and count is None:
-        return False
-    name = prefix.rstrip(".") or "ring buffer"
-    if values is None or count is None or values.shape[1:] != ring.values.shape[1:]:
-        found = "incomplete" if values is None or count is None else tuple(values.shape)
-        logger.warning("%s starts anew: the file's is %s", name, found)
+        return ""
+    if values is None or count is None:
+        change = "started anew, as a part is missing"
+    elif values.shape[1:] != ring.values.shape[1:]:
+        change = "started anew, as the channels differ"
     elif not values.isfinite().all():
-        logger.warning("%s starts anew: the file's is not finite", name)
+        change = "started anew, as not all values are finite"
     elif len(values) == ring.size:
-        return False
+        return ""
     else:
-        logger.info("%s: %d rows of the file become %d", name, len(values), ring.size)
-        state_dict[values_key] = resample(values, int(count), ring.size)
-        return True
-    state_dict[values_key] = torch.zeros_like(ring.values)
-    state_dict[count_key] = torch.zeros_like(ring.count)
-    return True
+        state_dict[prefix + "values"] = resample(values, int(count), ring.size)
+        return f"resampled from {len(values)} to {ring.size} rows"
+    state_dict[prefix + "values"] = torch.zeros_like(ring.values)
+    state_dict[prefix + "count"] = torch.zeros_like(ring.count)
+    return change
