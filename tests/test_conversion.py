@@ -17,8 +17,8 @@ from mabn_d2.surgery import convert, convertible_sites, find_norm_sites, fold, i
 from mabn_d2.surgery.sites import is_norm
 
 from . import test_zoo
-from .models import random_inputs, train_step
-from .norms import relative_error, settle
+from .helpers.models import random_inputs, train_step
+from .helpers.settled import relative_error, settle
 
 NORMS = {"MABN": MABN2d, "BRN": BRN2d, "MBN": MBN2d}
 

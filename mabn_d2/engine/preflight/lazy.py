@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ...layers.options import Accepted
 from ...plugin.registry import check_norm_name
-from ...plugin.scaling import check_lazy_batch, scale_lazy_config
+from ...plugin.scaling import check_lazy_batch, lazy_scaling_notice, scale_lazy_config
 from ..resumable import check_trainer_state
 from .build import build, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
@@ -63,7 +63,9 @@ def check_lazy(cfg: DictConfig, args: argparse.Namespace) -> list[str]:
     """The counterpart of :func:`mabn_d2.engine.preflight.check` for LazyConfigs."""
     check_arguments(args)
     num_workers = args.num_gpus * args.num_machines
-    return check_lazy_config(cfg, num_workers, args.eval_only, args.resume)
+    warnings = check_lazy_config(cfg, num_workers, args.eval_only, args.resume)
+    notice = None if args.eval_only else lazy_scaling_notice(cfg, args.opts, num_workers)
+    return [*warnings, notice] if notice else warnings
 
 
 def check_lazy_config(
