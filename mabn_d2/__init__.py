@@ -34,6 +34,9 @@ if importlib.util.find_spec("detectron2") is not None:
 
     install()
 else:
+    from .training.bn_tools import guard_bn_tools
+
+    guard_bn_tools()
 
     def __getattr__(name):
         if name in ("NORM_REGISTRY", "add_mabn_config", "install", "uninstall"):

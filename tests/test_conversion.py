@@ -18,7 +18,7 @@ from mabn_d2.surgery.sites import is_norm
 
 from .helpers import zoo
 from .helpers.models import random_inputs, train_step
-from .norms import relative_error, settle
+from .helpers.settled import relative_error, settle
 
 NORMS = {"MABN": MABN2d, "BRN": BRN2d, "MBN": MBN2d}
 

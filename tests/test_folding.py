@@ -8,19 +8,25 @@ import detectron2.layers as d2
 import pytest
 import torch
 import torchvision
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.layers import CycleBatchNormList
 from detectron2.layers.batch_norm import FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import nn
 
 import mabn_d2
 from mabn_d2 import BRN2d, CenConv2d, MABN2d, MBN2d
+from mabn_d2.data import make_synthetic_coco
+from mabn_d2.engine import Trainer
 from mabn_d2.layers import CentralizedKernel
 from mabn_d2.surgery import fold, foldable_sites
 from mabn_d2.surgery.folding import ChannelAffine, InTurn
 
 from .helpers import zoo
 from .helpers.models import SIZE, random_inputs
-from .norms import relative_error, settle
+from .helpers.runs import cfg_for
+from .helpers.settled import relative_error, settle
 
 NORMS = {
     "MABN": MABN2d,
@@ -409,3 +415,39 @@ def test_each_level_of_retinanet_can_have_its_own_kernel(norm):
         for got, expected in zip(folded.head(features), model.head(features)):
             for a, b in zip(got, expected):
                 assert relative_error(a, b) < 1e-5
+
+
+class NoEvaluator(DatasetEvaluator):
+    """Counts images."""
+
+    def __init__(self):
+        self.count = 0
+
+    def process(self, inputs, outputs):
+        self.count += len(outputs)
+
+
+def test_the_trainer_evaluates_a_folded_copy(tmp_path):
+    make_synthetic_coco(tmp_path, layout="shapes", train=1, val=2, size=SIZE)
+    cfg = cfg_for(tmp_path, tmp_path / "output")
+    model = Trainer.build_model(cfg)
+    called = []
+    for name, module in model.named_modules():
+        if isinstance(module, MABN2d):
+            module.register_forward_pre_hook(lambda m, args, name=name: called.append(name))
+    name = "two_images"
+    register_coco_instances(
+        name,
+        {},
+        str(tmp_path / "shapes/annotations/instances_val.json"),
+        str(tmp_path / "shapes/val"),
+    )
+    cfg.DATASETS.TEST = (name,)
+    evaluator = NoEvaluator()
+    try:
+        Trainer.test(cfg, model, [evaluator])
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    assert evaluator.count == 2
+    assert called == [] and sum(isinstance(m, MABN2d) for m in model.modules()) == 32

@@ -108,6 +108,7 @@ def test_precise_statistics_are_the_populations_before_evaluation_and_checkpoint
         DatasetCatalog.get = get
     assert reads == []  # the annotations are those of the training loader
     saved = torch.load(tmp_path / "model_final.pth", weights_only=False)["model"]
+    trainer.iter = trainer.max_iter - 1  # where the hook was called
     batches = iter(hook._batches())
     set_random_state(random_states.last)  # the model draws in training
     with population_statistics(trainer.model), torch.no_grad():

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..data.loader import build_lazy_train_loader
 from ..plugin.scaling import scale_lazy_config
+from ..surgery import fold
 from .hooks import build_hooks
 from .preflight import items
 from .resumable import ResumableTrainer
@@ -166,11 +167,13 @@ class LazyTrainer(ResumableTrainer):
         """
         Evaluates a model on `dataloader.test` and prints the results.
 
+        What runs is a copy in which norms are part of their convolutions, see `fold`.
+
         Returns:
             what the evaluator returns; {} on all workers but the first.
         """
         loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
-        results = inference_on_dataset(model, loader, evaluator)
+        results = inference_on_dataset(fold(model), loader, evaluator)
         if comm.is_main_process():
             print_csv_format(results)
         return results

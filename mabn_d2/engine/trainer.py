@@ -21,6 +21,7 @@ from detectron2.utils import comm
 
 from ..data.loader import build_train_loader
 from ..layers import MABN2d
+from ..surgery import fold
 from .hooks import build_hooks
 from .resumable import ResumableTrainer
 
@@ -125,6 +126,11 @@ class Trainer(ResumableTrainer):
             else:
                 evaluators.append(create(dataset_name))
         return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        """Evaluates a copy of the model in which norms are part of their convolutions, see `fold`."""
+        return super().test(cfg, fold(model), evaluators)
 
     @classmethod
     def test_with_augmentation(cls, cfg, model):

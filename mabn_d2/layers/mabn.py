@@ -187,6 +187,7 @@ class MABN2d(Norm2d):
     def set_population_statistics(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         self.running_var.copy_(var + (mean - self.running_mean).square())
 
+    @torch.jit.unused
     @property
     def average_start_iter(self) -> int:
         """The last iteration with χ̄² = χ²_B and ψ̄ = ψ_B."""

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx
 from torch.nn import functional as F
 
 from .norm_batch import NormBatches
@@ -39,6 +39,7 @@ class Norm2d(Statistics):
     def __getstate__(self):
         return {**self.__dict__, "_last_statistics": None}
 
+    @torch.jit.unused
     @property
     def frozen(self) -> bool:
         """Whether the affine parameters exist and none of them requires grad."""
@@ -55,6 +56,15 @@ class Norm2d(Statistics):
         Raises:
             ValueError: x is not 4-D or does not have `num_features` channels.
         """
+        if torch.jit.is_scripting():
+            out = self._evaluate(x)
+        else:
+            out = self._forward(x)
+        return out
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(x, fx.Proxy):
+            return self._stay_whole(x)
         if x.dim() != 4 or x.shape[1] != self.num_features:
             raise ValueError(
                 f"{type(self).__name__} expects an input of shape (N, {self.num_features}, H, W), "
@@ -67,6 +77,13 @@ class Norm2d(Statistics):
             batches = NormBatches(x.shape, self.norm_batch_size)
             self._last_statistics = self._update_statistics(x, batches)
         return self._normalize(x, self._last_statistics)
+
+    def _stay_whole(self, x: fx.Proxy) -> fx.Proxy:
+        """For `torch.fx`, which looks into every module that is not PyTorch's: this one is called."""
+        name = x.tracer.path_of_module(self)
+        if name == "":  # the norm itself is what is traced
+            return self._evaluate(x)
+        return x.tracer.create_proxy("call_module", name, (x,), {})
 
     def _update_statistics(self, x: torch.Tensor, batches: NormBatches) -> Any:
         """Takes notice of a batch, and returns what :meth:`_normalize` needs of the statistics."""
@@ -87,7 +104,7 @@ class Norm2d(Statistics):
         self.running_mean.copy_(mean)
         self.running_var.copy_(var)
 
-    def _float(self, parameter: nn.Parameter | None) -> torch.Tensor | None:
+    def _float(self, parameter: torch.Tensor | None) -> torch.Tensor | None:
         """The parameter in the type of the statistics, which `.half()` leaves as they are."""
         return None if parameter is None else parameter.to(self.running_var.dtype)
 
@@ -99,6 +116,9 @@ class Norm2d(Statistics):
             return torch.addcmul(
                 shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None]
             )
+        return self._evaluate(x)
+
+    def _evaluate(self, x: torch.Tensor) -> torch.Tensor:
         return F.batch_norm(
             x, self.running_mean, self.running_var, self._float(self.weight), self._float(self.bias),
             training=False, eps=self.eps,

@@ -51,6 +51,7 @@ class RingBuffer(Statistics):
         self.register_buffer("values", torch.zeros(size, *shape))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
+    @torch.jit.unused
     @property
     def size(self) -> int:
         """How many statistics are kept."""

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import inspect
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -38,7 +37,9 @@ from ..surgery import (
     set_norm_batch_size,
 )
 from ..training import follow_grad_scaler
+from ..training.bn_tools import guard_bn_tools, release_bn_tools
 from ..training.double_forward import second_forward_contexts
+from ..utils.replace import replace_everywhere
 from .config import add_mabn_config
 from .registry import (
     check_norm_name,
@@ -262,15 +263,6 @@ def _set(variable: ContextVar, value):
         variable.reset(token)
 
 
-def _replace_everywhere(old: Callable, new: Callable) -> None:
-    """Replaces a function in every imported module that holds it, under whatever name."""
-    for module in list(sys.modules.values()):
-        for name, value in list(getattr(module, "__dict__", {}).items()):
-            if value is old:
-                logger.debug("%s.%s is replaced", module.__name__, name)
-                setattr(module, name, new)
-
-
 _replaced_functions: dict[Callable, Callable] = {}
 _replaced_methods: dict[tuple[type, str], Any] = {}
 
@@ -310,16 +302,18 @@ def install() -> None:
             extended = extend(getattr(cls, name))
             setattr(cls, name, staticmethod(extended) if is_static else extended)
     for original, replacement in _replaced_functions.items():
-        _replace_everywhere(original, replacement)
+        replace_everywhere(original, replacement)
+    guard_bn_tools()
 
 
 def uninstall() -> None:
     """Gives Detectron2 its own functions back. Models built before stay as they are."""
     for original, replacement in _replaced_functions.items():
-        _replace_everywhere(replacement, original)
+        replace_everywhere(replacement, original)
     for (cls, name), method in _replaced_methods.items():
         setattr(cls, name, method)
     if _replaced_functions:
         second_forward_contexts.remove(_events_dropped)
+    release_bn_tools()
     _replaced_functions.clear()
     _replaced_methods.clear()

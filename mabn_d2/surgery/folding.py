@@ -90,7 +90,7 @@ def evaluation_map(norm: nn.Module, dims: int) -> AffineMap | str:
         if then is not None:
             expected = copy.deepcopy(then).cpu().double().eval()(expected)
         try:
-            got = copy.deepcopy(norm).cpu().double().eval()(probe)
+            got = copy.deepcopy(norm).cpu().double().eval().forward(probe)  # without hooks
         except (RuntimeError, ValueError, TypeError) as error:
             return f"{type(norm).__name__} does not take a tensor alone: {error}"
     if not torch.allclose(got, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max())):

@@ -58,13 +58,13 @@ TOOLS = [
     _Tool("torch.nn.utils.fusion", "fuse_conv_bn_eval", _has_another_kernel,
           "would fold into the raw kernel of", "use mabn_d2.surgery.fold"),
     _Tool("fvcore.nn.precise_bn", "get_bn_modules", _gathers_statistics,
-          "does not update", _PRECISE),
+          "(update_bn_stats, PreciseBN) does not know", _PRECISE),
     _Tool("detectron2.layers.batch_norm", "FrozenBatchNorm2d.convert_frozen_batchnorm",
           _stays_unfrozen, "does not freeze", _FREEZE),
     _Tool("timm.layers.norm_act", "convert_sync_batchnorm", _is_batch_norm, "would replace", _OWN),
     _Tool("timm.layers.split_batchnorm", "convert_splitbn_model", _is_batch_norm,
           "would replace", _OWN),
-    _Tool("timm.utils.model", "freeze_batch_norm_2d", _stays_unfrozen, "does not freeze", _FREEZE),
+    _Tool("timm.layers.norm_act", "freeze_batch_norm_2d", _stays_unfrozen, "does not freeze", _FREEZE),
 ]  # fmt: skip
 
 # (holder, name) -> what it held, and what it holds now.

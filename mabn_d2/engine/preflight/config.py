@@ -26,7 +26,8 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     """
     Finds before any worker starts, and before anything is written, what would end the run later.
 
-    Costs a fifth of a second and one reading of the data sets.
+    Costs the building of a model without memory and one reading of the training data, which a single
+    worker then takes over; several workers read it again, each its own copy.
 
     Args:
         cfg: of the command line.
@@ -62,7 +63,9 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     _build_all(cfg, args.eval_only)
     with quiet():
         for name in () if args.eval_only else cfg.DATASETS.TRAIN:
-            warnings += check_training_data(name, "DATASETS.TRAIN", _needs(cfg))
+            warnings += check_training_data(
+                name, "DATASETS.TRAIN", _needs(cfg), hand_over=num_workers == 1
+            )
     return warnings
 
 
