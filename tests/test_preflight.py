@@ -22,8 +22,8 @@ from mabn_d2.data.loader import build_train_loader
 from mabn_d2.engine import Trainer, load_lazy_config, preflight
 from mabn_d2.engine.preflight.values import leaves
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-INSTANT = CONFIGS / "quick_schedules" / "shapes_mask_rcnn_R_18_FPN_mabn_instant.yaml"
+from .helpers import CONFIGS, INSTANT
+
 LAZY = CONFIGS / "COCO-InstanceSegmentation" / "scratch_mask_rcnn_R_50_FPN_2x_mabn.py"
 TINY_MODEL = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.FPN.OUT_CHANNELS", 16,
               "MODEL.ROI_BOX_HEAD.CONV_DIM", 8, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8]  # fmt: skip
