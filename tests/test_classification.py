@@ -114,7 +114,8 @@ def table(printed):
 def small_config(config, output, *overrides):
     """A config of ImageNet or Fashion-MNIST on the images of this file."""
     small = [f"train.output_dir={output}", "train.device=cpu", *SHORT,
-             "dataloader.train.num_workers=0", "dataloader.test.num_workers=0"]  # fmt: skip
+             "dataloader.train.num_workers=0", "dataloader.test.num_workers=0",
+             "train.reference_world_size=0"]  # fmt: skip
     cfg = load_lazy_config(str(config), [*small, *overrides])
     if "ImageNet" in str(config):
         crop, _ = cfg.dataloader.train.dataset.transform.transforms
