@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +21,8 @@ from mabn_d2.plugin.command_line import (
     set_num_classes,
 )
 
-ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "configs"
-INSTANT = CONFIGS / "quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn_instant.yaml"
+from .helpers import CONFIGS, INSTANT, ROOT
+
 MASK_RCNN = CONFIGS / "COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_2x_mabn"
 
 

@@ -16,7 +16,7 @@ from mabn_d2.layers import CenConvTranspose2d, centralize_kernel
 from mabn_d2.surgery import convert, convertible_sites, find_norm_sites, fold, import_batch_norm
 from mabn_d2.surgery.sites import is_norm
 
-from . import test_zoo
+from .helpers import zoo
 from .helpers.models import random_inputs, train_step
 from .helpers.settled import relative_error, settle
 
@@ -273,7 +273,7 @@ def test_a_detector_keeps_its_features_and_its_head(architecture, before, after)
         "mask_rcnn": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
         "retinanet": "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
     }[architecture]
-    model = test_zoo.build_with(test_zoo.shrink(test_zoo.load(config)), before)
+    model = zoo.build_with(zoo.shrink(zoo.load(config)), before)
     settle(model, inputs=[dict(image=x["image"]) for x in random_inputs()])
     converted = convert(copy.deepcopy(model), after)
     assert not any(s.reason for s in convertible_sites(model, after))

@@ -23,7 +23,7 @@ from mabn_d2.layers import CentralizedKernel
 from mabn_d2.surgery import fold, foldable_sites
 from mabn_d2.surgery.folding import ChannelAffine, InTurn
 
-from . import test_zoo
+from .helpers import zoo
 from .helpers.models import SIZE, random_inputs
 from .helpers.runs import cfg_for
 from .helpers.settled import relative_error, settle
@@ -354,9 +354,9 @@ DETECTRON2_MODELS = {
     "Panoptic FPN": "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.yaml",
     "RegNet": "COCO-InstanceSegmentation/mask_rcnn_regnety_4gf_dds_fpn_1x.py",
     "keypoints": "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",
-    "DeepLab": test_zoo.deeplab_v3plus,
-    "depthwise DeepLab": test_zoo.deeplab_v3plus_depthwise_separable,
-    "modulated": test_zoo.mask_rcnn_modulated_deformable,
+    "DeepLab": zoo.deeplab_v3plus,
+    "depthwise DeepLab": zoo.deeplab_v3plus_depthwise_separable,
+    "modulated": zoo.mask_rcnn_modulated_deformable,
 }
 
 
@@ -367,11 +367,11 @@ def images():
 
 def build_tiny(architecture, norm):
     torch.manual_seed(0)
-    config = test_zoo.shrink(test_zoo.load(DETECTRON2_MODELS[architecture]))
-    test_zoo.set_where_present(
+    config = zoo.shrink(zoo.load(DETECTRON2_MODELS[architecture]))
+    zoo.set_where_present(
         config, dict(SCORE_THRESH_TEST=0.0, test_score_thresh=0.0, DETECTIONS_PER_IMAGE=10)
     )
-    return settle(test_zoo.build_with(config, norm), inputs=images())
+    return settle(zoo.build_with(config, norm), inputs=images())
 
 
 @pytest.mark.parametrize("norm", ["MABN", "BN", "FrozenBN", "MBN"])

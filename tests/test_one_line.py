@@ -4,17 +4,16 @@ import os
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from mabn_d2.data import make_synthetic_coco, register_shapes
 from mabn_d2.utils.command_line import one_line
 
-ROOT = Path(__file__).parent.parent
+from .helpers import CONFIGS, INSTANT, ROOT
+
 TOOLS = ROOT / "tools"
-INSTANT = ROOT / "configs" / "quick_schedules" / "shapes_mask_rcnn_R_18_FPN_mabn_instant.yaml"
-LAZY = ROOT / "configs" / "FashionMNIST" / "resnet18_mabn_2.py"
+LAZY = CONFIGS / "FashionMNIST" / "resnet18_mabn_2.py"
 
 
 @pytest.fixture(scope="module")

@@ -105,3 +105,9 @@ def test_the_least_versions_that_are_declared_are_those_of_the_compiled_stack():
     (torch,) = re.findall(r'    "torch>=([\d.]+)"', pyproject)
     assert f"find_python,{python}," in makefile
     assert re.search(rf"^torch=={re.escape(torch)}[.\d]*$", lock, re.M)
+
+
+def test_no_test_imports_another():
+    for path in ROOT.glob("tests/**/test_*.py"):
+        for name in imported_modules(path):
+            assert not re.search(r"(^|\.)test_", name), (path, name)

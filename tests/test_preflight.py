@@ -18,11 +18,12 @@ from torch.utils.data import Dataset, IterableDataset
 
 from mabn_d2 import add_mabn_config
 from mabn_d2.data import make_synthetic_coco
+from mabn_d2.data.loader import build_train_loader
 from mabn_d2.engine import Trainer, load_lazy_config, preflight
 from mabn_d2.engine.preflight.values import leaves
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-INSTANT = CONFIGS / "quick_schedules" / "shapes_mask_rcnn_R_18_FPN_mabn_instant.yaml"
+from .helpers import CONFIGS, INSTANT
+
 LAZY = CONFIGS / "COCO-InstanceSegmentation" / "scratch_mask_rcnn_R_50_FPN_2x_mabn.py"
 TINY_MODEL = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.FPN.OUT_CHANNELS", 16,
               "MODEL.ROI_BOX_HEAD.CONV_DIM", 8, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8]  # fmt: skip
@@ -146,7 +147,7 @@ def test_every_group_of_keys_refuses_another_value_as_a_whole(shapes, tmp_path, 
         (["SOLVER.CHECKPOINT_PERIOD", 0], "SOLVER.CHECKPOINT_PERIOD must be a positive integer, got 0"),
         (["SOLVER.MAX_ITER", -3], "SOLVER.MAX_ITER must be a positive integer, got -3"),
         (["SOLVER.WARMUP_METHOD", "linaer"], "SOLVER.WARMUP_METHOD must be 'linear' or 'constant'"),
-        (["SOLVER.IMS_PER_BATCH", 3], r"SOLVER.IMS_PER_BATCH must be .* workers \(2, of --num-gpus"),
+        (["SOLVER.IMS_PER_BATCH", 3], r"SOLVER.IMS_PER_BATCH must be .* workers \(2\), got 3"),
         (["SOLVER.IMS_PER_BATCH", 2, "SOLVER.REFERENCE_WORLD_SIZE", 8], "of SOLVER.REFERENCE_WORLD"),
         (["SOLVER.AMP.ENABLED", True], "SOLVER.AMP.ENABLED needs a GPU"),
         (["INPUT.MASK_FORMAT", "rle"], "INPUT.MASK_FORMAT must be 'polygon' or 'bitmask', got 'rle'"),
@@ -236,10 +237,10 @@ def test_a_wrong_option_of_the_command_line_is_named(shapes, tmp_path, arguments
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"<!DOCTYPE html><html>sign in</html>", "is a web page, not a checkpoint"),
-        (b"\n <html>", "is a web page, not a checkpoint"),
-        (b"just some text", "is no checkpoint of PyTorch (.pth) or Detectron2 (.pkl)"),
-        (b"", "is no checkpoint of PyTorch"),
+        (b"<!DOCTYPE html><html>sign in</html>", "is no checkpoint: it is a web page"),
+        (b"\n <html>", "is no checkpoint: it is a web page"),
+        (b"just some text", "is no checkpoint: it is damaged or of another format"),
+        (b"", "is no checkpoint: it is empty"),
     ],
 )
 def test_weights_that_are_no_checkpoint_are_named(shapes, tmp_path, content, words):
@@ -448,15 +449,22 @@ def test_a_data_set_without_an_evaluator_is_warned_of_and_trained_with(
     assert (tmp_path / "model_final.pth").exists()
 
 
-def test_the_training_data_is_read_once_and_only_for_training(shapes, tmp_path, register):
+def test_the_training_data_is_read_once_by_a_single_worker(shapes, tmp_path, register):
     reads = []
     name = register(None)
     DatasetCatalog.remove(name)
     DatasetCatalog.register(name, lambda: reads.append(1) or [image(tmp_path, annotation())])
-    check(config([name, shapes[1]], tmp_path), "--eval-only")
+    cfg = config([name, shapes[1]], tmp_path)
+    check(cfg, "--eval-only")
     assert len(reads) == 0
-    check(config([name, shapes[1]], tmp_path))
+    check(cfg)
+    build_train_loader(cfg)  # takes over what was read
     assert len(reads) == 1
+    build_train_loader(cfg)
+    assert len(reads) == 2
+    check(cfg, "--num-gpus", "2")  # whose workers read it themselves
+    build_train_loader(cfg)
+    assert len(reads) == 4
 
 
 # ---- LazyConfigs ---------------------------------------------------------------------------------
@@ -489,12 +497,13 @@ def test_a_right_lazy_config_passes(shapes, tmp_path):
         ("train.output_dir=null", "train.output_dir must be a non-empty string, got None"),
         ("train.init_checkpoint=null", "train.init_checkpoint must be a string, got None"),
         ("train=3", "train must be a group of keys, got 3"),
-        ("dataloader.train.total_batch_size=a", "dataloader.train.total_batch_size must be a pos"),
+        ("dataloader.train.total_batch_size=a", "dataloader.train.total_batch_size must be an int"),
         ("dataloader.train.num_workers=-1", "dataloader.train.num_workers must be a non-negative"),
         ("model.roi_heads.num_classes=2", "model.roi_heads.num_classes is 2: set it to"),
         ("model.backbone.out_channels=-256", "model cannot be built: .*"),
         ("model.pixel_mean=3", "model cannot be built: .*"),
-        ("optimizer.lr=fast", "optimizer cannot be built: .*"),
+        ("optimizer.momentum=fast", "optimizer cannot be built: .*"),
+        ("optimizer.lr=fast", "optimizer.lr must be a non-negative number, got 'fast'"),
         ("+dataloader.train.mapper.instance_mask_format=rle", "instance_mask_format must be 'pol"),
         ("dataloader.evaluator.dataset_name=none", "no data set is registered as 'none'"),
     ],

@@ -184,6 +184,20 @@ def test_a_recomputation_in_backward_uses_the_statistics_of_its_own_pass():
     assert_same_state(state(model), state(twin))
 
 
+@pytest.mark.parametrize("norm", ["BN", "MABN"])
+def test_a_compiled_model_records_nothing_either(norm):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), NORMS[norm](4))
+    compiled = torch.compile(model, backend="aot_eager")
+    for seed in range(3):
+        passes(compiled, seed)
+    before = state(model)
+    with no_recording(compiled):
+        passes(compiled, 7)
+    assert_same_state(before, state(model))
+    passes(compiled, 7)
+    assert not torch.equal(before["1.running_var"], model[1].running_var)
+
+
 def passes_of_a_worker(broadcast_buffers):
     """The state of a worker before and after passes that are not recorded, of both ways to ask for it."""
     states = []

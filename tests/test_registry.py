@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,8 @@ from mabn_d2 import NORM_REGISTRY, add_mabn_config
 from mabn_d2.layers.options import IterationCount, NonNegativeNumber, checked
 from mabn_d2.plugin import check_norm_name, load_config, norm_options
 
-ROOT = Path(__file__).parent.parent
+from .helpers import ROOT
+
 SMALL = ROOT / "configs/quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn.yaml"
 
 

@@ -2,7 +2,6 @@
 
 import logging
 from functools import partial
-from pathlib import Path
 
 import pytest
 from detectron2.config import LazyConfig
@@ -13,9 +12,10 @@ from mabn_d2.engine import Trainer
 from mabn_d2.engine.resumable import check_trainer_state
 from mabn_d2.layers import MABN2d
 from mabn_d2.plugin import check_batch, load_config, norm_options, scaling_notice
-from mabn_d2.plugin.scaling import check_lazy_batch, scale_lazy_config
+from mabn_d2.plugin.scaling import check_lazy_batch, lazy_scaling_notice, scale_lazy_config
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+from .helpers import CONFIGS
+
 YAML_FILES = sorted(
     str(path.relative_to(CONFIGS))
     for path in CONFIGS.rglob("*.yaml")
@@ -242,6 +242,17 @@ def test_the_arguments_that_a_lazy_config_gives_a_norm_are_kept_and_scaled():
     others = before.keywords.keys() - {*counts}
     assert others and all(after.keywords[key] == before.keywords[key] for key in others)
     assert scaled.model.stem.norm is after  # it refers to that of the stages
+
+
+def test_what_becomes_of_the_overrides_of_a_lazy_config_is_said_in_one_line():
+    cfg = load_lazy("ImageNet/resnet50_mabn_2.py", max_iter=100)
+    given = ["train.max_iter=100", "optimizer.lr=0.1", "train.seed=1"]
+    assert lazy_scaling_notice(cfg, given, 2) == (
+        "train.reference_world_size is 8, the run has 2 workers: train.max_iter 100 becomes 400, "
+        "optimizer.lr 0.1 becomes 0.025. train.reference_world_size 0 takes them literally."
+    )
+    assert lazy_scaling_notice(cfg, given, 8) is None
+    assert lazy_scaling_notice(cfg, ["train.seed=1"], 2) is None
 
 
 def test_a_lazy_batch_that_cannot_be_divided_is_refused():

@@ -199,14 +199,14 @@ def _from_main_worker(function: Callable[[], Any]) -> Any:
     """What the first worker's call of the function returns or raises, on all workers."""
     if comm.get_world_size() == 1:
         return function()
-    results = [None, None]
+    results: list[Any] = [None, None]
     if comm.is_main_process():
         try:
             results[0] = function()
         except (OSError, ValueError) as error:
             results[1] = error
     distributed.broadcast_object_list(results, src=0, group=comm._get_global_gloo_group())
-    value, error = results
-    if error is not None:
-        raise error
+    value, raised = results
+    if raised is not None:
+        raise raised
     return value

@@ -56,7 +56,7 @@ def _function(norm: str) -> str:
 
 def _split(key: str) -> tuple[str, str]:
     """`conv1.norm.psi.count` -> (`conv1.norm`, `psi.count`)."""
-    entry = re.search(r"((?:psi|second_moment|memory)\.)?[^.]+$", key)[0]
+    entry = re.search(r"((?:psi|second_moment|memory)\.)?[^.]+$", key)[0]  # type: ignore[index]
     return key[: -len(entry)].rstrip("."), entry
 
 

@@ -242,7 +242,7 @@ def _read_stream(file: IO[bytes]) -> Any:
 
 
 def _fill(content: torch.Tensor, file: IO[bytes]) -> None:
-    if file.readinto(memoryview(content.numpy())) != len(content):  # type: ignore[attr-defined]
+    if file.readinto(memoryview(content.numpy())) != len(content):  # type: ignore
         raise EOFError
 
 

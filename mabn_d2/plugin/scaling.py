@@ -108,21 +108,40 @@ def scaling_notice(cfg: CfgNode, overrides: Sequence, num_workers: int) -> str |
     Returns:
         one line; None if the config is taken literally or the overrides name none of them.
     """
-    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
-    ratio = _ratio(reference, num_workers)
     solver = cfg.SOLVER
-    scaled = {
-        "SOLVER.IMS_PER_BATCH": (solver.IMS_PER_BATCH, round(solver.IMS_PER_BATCH * ratio)),
-        "SOLVER.BASE_LR": (solver.BASE_LR, solver.BASE_LR * ratio),
-        "SOLVER.MAX_ITER": (solver.MAX_ITER, round(solver.MAX_ITER / ratio)),
+    values = {
+        "SOLVER.IMS_PER_BATCH": solver.IMS_PER_BATCH,
+        "SOLVER.BASE_LR": solver.BASE_LR,
+        "SOLVER.MAX_ITER": solver.MAX_ITER,
     }
-    given = [key for key in scaled if key in overrides[::2]]
+    given = {key: value for key, value in values.items() if key in overrides[::2]}
+    return _notice(given, _REFERENCE, solver.REFERENCE_WORLD_SIZE, num_workers)
+
+
+def lazy_scaling_notice(cfg: DictConfig, overrides: Sequence[str], num_workers: int) -> str | None:
+    """:func:`scaling_notice` for a LazyConfig with its overrides, strings `key=value`."""
+    given = {}
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in (_LAZY_BATCH, "optimizer.lr", "train.max_iter"):
+            given[key] = OmegaConf.select(cfg, key)
+    return _notice(given, _LAZY_REFERENCE, cfg.train.get("reference_world_size", 0), num_workers)
+
+
+def _notice(given: dict, reference_key: str, reference: int, num_workers: int) -> str | None:
+    ratio = _ratio(reference, num_workers)
     if ratio == 1 or not given:
         return None
-    changes = ", ".join("{} {} becomes {:.10g}".format(key, *scaled[key]) for key in given)
+    changes = []
+    for key, value in given.items():
+        if key.lower().endswith("max_iter"):
+            scaled = _scale(value, ratio)
+        else:
+            scaled = value * ratio
+        changes.append(f"{key} {value} becomes {scaled:.10g}")
     return (
-        f"{_REFERENCE} is {reference}, the run has {_workers(num_workers)}: {changes}. "
-        f"{_REFERENCE} 0 takes them literally."
+        f"{reference_key} is {reference}, the run has {_workers(num_workers)}: {', '.join(changes)}. "
+        f"{reference_key} 0 takes them literally."
     )
 
 

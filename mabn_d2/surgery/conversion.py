@@ -227,7 +227,8 @@ def _convert(
         if site.convolution is not None:
             _prepare(site.convolution, new, preserved)
     if preserved:
-        import_batch_norm(new, None, *values, old.running_mean, old.running_var, old.eps)
+        weight, bias = values
+        import_batch_norm(new, None, weight, bias, old.running_mean, old.running_var, old.eps)
     return new if then is None else nn.Sequential(OrderedDict(norm=new, act=then))
 
 

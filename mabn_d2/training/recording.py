@@ -44,5 +44,7 @@ def no_recording(model: nn.Module, but: Iterable[torch.Tensor] = ()) -> Iterator
         for norm, statistics in recomputed:  # activation checkpointing asks for them in backward
             norm._last_statistics = statistics
         for buffer, content, version in contents:
-            if buffer._version != version:  # DDP broadcasts into the buffers that it was made with
+            if (
+                buffer._version != version
+            ):  # a compiled model may hold the buffers that it was made with
                 buffer.data.copy_(content)

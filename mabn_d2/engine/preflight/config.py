@@ -1,7 +1,6 @@
 """What is checked of a config of yacs."""
 
 import argparse
-import importlib.util
 
 import torch
 from detectron2.config import CfgNode
@@ -18,6 +17,7 @@ from ..trainer import EVALUATORS
 from .build import build, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
 from .files import check_arguments, check_output_dir, check_start
+from .operators import check_compiled_operators
 from .values import check_values
 
 
@@ -25,7 +25,8 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     """
     Finds before any worker starts, and before anything is written, what would end the run later.
 
-    Costs a fifth of a second and one reading of the data sets.
+    Costs the building of a model without memory and one reading of the training data, which a single
+    worker then takes over; several workers read it again, each its own copy.
 
     Args:
         cfg: of the command line.
@@ -39,6 +40,7 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     """
     check_arguments(args)
     check_values(cfg)
+    check_compiled_operators(cfg)
     check_norm_names(cfg)
     norm_options(cfg)
     num_workers = args.num_gpus * args.num_machines
@@ -60,7 +62,9 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     _build_all(cfg, args.eval_only)
     with quiet():
         for name in () if args.eval_only else cfg.DATASETS.TRAIN:
-            warnings += check_training_data(name, "DATASETS.TRAIN", _needs(cfg))
+            warnings += check_training_data(
+                name, "DATASETS.TRAIN", _needs(cfg), hand_over=num_workers == 1
+            )
     return warnings
 
 
@@ -91,12 +95,6 @@ def _check_together(cfg: CfgNode, num_workers: int, eval_only: bool) -> None:
         found = cfg.MODEL[key.split(".")[1]]
         if test.AUG.ENABLED and found != value:
             raise ValueError(f"TEST.AUG.ENABLED needs {key} {value}, got {found}")
-    has_operators = importlib.util.find_spec("detectron2._C") is not None
-    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and not has_operators:
-        raise ValueError(
-            "MODEL.RESNETS.DEFORM_ON_PER_STAGE needs Detectron2's compiled operators (detectron2._C), "
-            "which this installation lacks"
-        )
     mean, std = len(cfg.MODEL.PIXEL_MEAN), len(cfg.MODEL.PIXEL_STD)
     if mean != std or mean == 0:
         raise ValueError(

@@ -43,14 +43,16 @@ def check_dataset(name: str, key: str) -> None:
         )
 
 
-def check_training_data(name: str, key: str, needs: Needs) -> list[str]:
+def check_training_data(name: str, key: str, needs: Needs, hand_over: bool = False) -> list[str]:
     """
-    Reads a data set once, looks at every annotation once, and keeps nothing.
+    Reads a data set once and looks at every annotation once.
 
     Args:
         name: of a registered data set.
         key: of the config, for the message.
         needs: of the model.
+        hand_over: whether the training, in this process, gets what was read here instead of reading
+            the data set again; otherwise nothing is kept.
 
     Returns:
         warnings, one line each.
@@ -91,7 +93,20 @@ def check_training_data(name: str, key: str, needs: Needs) -> list[str]:
                     file_name = image.get("file_name", "an image")
                     raise ValueError(f"{what}: {file_name}: annotation {index} {problem}")
                 highest = max(highest, annotation["category_id"])
+    if hand_over:
+        _hand_over(name, dicts)
     return _unused_classes(name, needs, highest)
+
+
+def _hand_over(name: str, dicts: list) -> None:
+    """The catalog gives the next reader these, and the one after it what it gave before."""
+    read = DatasetCatalog.pop(name)
+
+    def give_once():
+        DatasetCatalog[name] = read
+        return dicts
+
+    DatasetCatalog[name] = give_once
 
 
 def _check_file(image: Any, what: str) -> None:

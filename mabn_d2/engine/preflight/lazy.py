@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ...layers.options import Accepted
 from ...plugin.registry import check_norm_name
-from ...plugin.scaling import check_lazy_batch, scale_lazy_config
+from ...plugin.scaling import check_lazy_batch, lazy_scaling_notice, scale_lazy_config
 from ..resumable import check_trainer_state
 from .build import build, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
@@ -22,8 +22,10 @@ from .files import check_arguments, check_output_dir, check_start
 from .values import (
     BOOLEAN,
     DEVICE,
+    INTEGER,
     NON_EMPTY_STRING,
     NON_NEGATIVE_INTEGER,
+    NON_NEGATIVE_NUMBER,
     POSITIVE_INTEGER,
     SEED,
     STRING,
@@ -49,7 +51,8 @@ _ACCEPTED: dict[str, Accepted] = {
 # Of the configs that have them.
 _ACCEPTED_IF_THERE: dict[str, Accepted] = {
     "train.reference_world_size": NON_NEGATIVE_INTEGER,
-    "dataloader.train.total_batch_size": POSITIVE_INTEGER,
+    "optimizer.lr": NON_NEGATIVE_NUMBER,
+    "dataloader.train.total_batch_size": INTEGER,
     "dataloader.train.num_workers": NON_NEGATIVE_INTEGER,
     "dataloader.train.mapper.instance_mask_format": one_of("polygon", "bitmask"),
     "dataloader.test.num_workers": NON_NEGATIVE_INTEGER,
@@ -60,7 +63,9 @@ def check_lazy(cfg: DictConfig, args: argparse.Namespace) -> list[str]:
     """The counterpart of :func:`mabn_d2.engine.preflight.check` for LazyConfigs."""
     check_arguments(args)
     num_workers = args.num_gpus * args.num_machines
-    return check_lazy_config(cfg, num_workers, args.eval_only, args.resume)
+    warnings = check_lazy_config(cfg, num_workers, args.eval_only, args.resume)
+    notice = None if args.eval_only else lazy_scaling_notice(cfg, args.opts, num_workers)
+    return [*warnings, notice] if notice else warnings
 
 
 def check_lazy_config(
@@ -99,14 +104,14 @@ def check_lazy_config(
     weights, folder = entries["train.init_checkpoint"], entries["train.output_dir"]
     state = check_start(weights, "train.init_checkpoint", folder, resume)
     if not eval_only:
-        max_iter = scale_lazy_config(cfg, num_workers).train.max_iter
-        check_trainer_state(state, folder, max_iter, num_workers)
+        cfg = scale_lazy_config(cfg, num_workers)
+        check_trainer_state(state, folder, cfg.train.max_iter, num_workers)
     warnings = []
     _build_all(cfg, eval_only)
     for key, value in entries.items():
         if isinstance(value, dict) and "_target_" in value:
             if not (eval_only and key.startswith("dataloader.train.")):
-                warnings += _check_call(key, value, entries)
+                warnings += _check_call(key, value, entries, hand_over=num_workers == 1)
     return warnings
 
 
@@ -118,7 +123,9 @@ def items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from items(value, f"{prefix}{key}.")
 
 
-def _check_call(key: str, call: dict[str, Any], entries: dict[str, Any]) -> list[str]:
+def _check_call(
+    key: str, call: dict[str, Any], entries: dict[str, Any], hand_over: bool
+) -> list[str]:
     """Looks at the data set, if the call makes or evaluates one; returns warnings."""
     target = call["_target_"]
     target = locate(target) if isinstance(target, str) else target
@@ -129,7 +136,9 @@ def _check_call(key: str, call: dict[str, Any], entries: dict[str, Any]) -> list
             check_dataset(name, f"{key}.names")
             if key.startswith("dataloader.train."):
                 with quiet():
-                    warnings += check_training_data(name, f"{key}.names", _needs(entries))
+                    warnings += check_training_data(
+                        name, f"{key}.names", _needs(entries), hand_over
+                    )
     elif target is COCOEvaluator:
         name = call["dataset_name"]
         names = [name] if isinstance(name, str) else name
