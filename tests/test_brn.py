@@ -17,9 +17,9 @@ from mabn_d2.engine import update_norm_statistics
 from mabn_d2.layers import BRN2d
 from mabn_d2.plugin import norm_options
 
-from .reference import ReferenceBRN
-from .test_conditions import decays, small_cfg
-from .test_mabn import DTYPES, FORMATS, as_layout, assert_same_state, state, train
+from .helpers.models import decays, small_cfg
+from .helpers.norms import DTYPES, FORMATS, as_layout, assert_same_state, state, train
+from .helpers.reference import ReferenceBRN
 
 # Past both schedules after a few iterations, and with bounds that are met at times.
 SCHEDULE = dict(momentum=0.1, r_max=1.5, r_max_iters=(5, 15), d_max=0.8, d_max_iters=(3, 10))

@@ -1,19 +1,14 @@
 """What users of version 0.1.0 have: checkpoints load, resume and convert, and imports work."""
 
 import importlib
-import runpy
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from . import version_0_1_0
-from .version_0_1_0 import CHECKPOINT, FOLDER, MAX_ITER, NORMS, RUNS, as_vector
-
-REPOSITORY = Path(__file__).parent.parent
-TOOL = REPOSITORY / "tools" / "convert_weights.py"
+from .helpers import ROOT, load_tool, version_0_1_0
+from .helpers.version_0_1_0 import CHECKPOINT, FOLDER, MAX_ITER, NORMS, RUNS, as_vector
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,11 +33,9 @@ def resume(run, output):
 
 def convert(monkeypatch, source, destination):
     """Runs the command line in this process."""
-    arguments = [TOOL, source, destination, "--from", "detectron2"]
-    monkeypatch.setattr("sys.argv", [str(argument) for argument in arguments])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    assert exit.value.code == 0
+    arguments = ["convert_weights.py", str(source), str(destination), "--from", "detectron2"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert load_tool("convert_weights").main() == 0
 
 
 def test_there_is_a_checkpoint_of_every_norm_and_all_files_are_small():
@@ -101,7 +94,7 @@ def test_convert_weights_keeps_every_tensor_of_a_checkpoint(run, tmp_path, monke
 def works(public_name):
     module, _, name = public_name.partition(":")
     if module.endswith(".py"):
-        return (REPOSITORY / module).is_file()
+        return (ROOT / module).is_file()
     try:
         imported = importlib.import_module(module)
     except ModuleNotFoundError:
@@ -113,7 +106,6 @@ def test_every_public_name_of_version_0_1_0_works_or_is_in_the_changelog():
     names = [
         line for line in (FOLDER / "public_names.txt").read_text().splitlines() if line[0] != "#"
     ]
-    file = REPOSITORY / "CHANGELOG.md"
-    changelog = file.read_text() if file.exists() else ""
+    changelog = (ROOT / "CHANGELOG.md").read_text()
     gone = [name.replace(":", ".").rstrip(".") for name in names if not works(name)]
     assert [name for name in gone if name not in changelog] == []

@@ -2,11 +2,11 @@
 
 import copy
 import logging
+import math
 
 import pytest
 import torch
 import torch.distributed as dist
-from detectron2.config import get_cfg
 from detectron2.engine import AMPTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer, get_default_optimizer_params
@@ -16,24 +16,13 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import mabn_d2
 from mabn_d2.checkpoint import Checkpointer
 from mabn_d2.engine import update_norm_statistics
 from mabn_d2.layers import CenConv2d, MABN2d
-from mabn_d2.training import average_norm_statistics, norm_statistics
+from mabn_d2.training import average_norm_statistics
 
-from .workers import run_workers
-
-
-def small_cfg(norm="MABN", *options):
-    cfg = get_cfg()
-    mabn_d2.add_mabn_config(cfg)
-    cfg.merge_from_file("configs/quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn_instant.yaml")
-    for key in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
-        cfg.MODEL[key].NORM = norm
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.merge_from_list(list(options))
-    return cfg
+from .helpers.models import decays, small_cfg, statistics
+from .helpers.workers import run_workers
 
 
 def image(objects=2, seed=0, size=64):
@@ -48,10 +37,6 @@ def image(objects=2, seed=0, size=64):
     instances.gt_masks = BitMasks(masks)
     pixels = torch.randint(0, 255, (3, size, size), generator=random).float()
     return {"image": pixels, "instances": instances, "height": size, "width": size}
-
-
-def statistics(model):
-    return [s.clone() for s in norm_statistics(model)]
 
 
 def step(model, images):
@@ -83,12 +68,10 @@ def test_training_goes_on_through_steps_without_proposals_and_images_without_ann
             if iteration % 3 == 1:  # ground truth would be appended to the proposals
                 x["instances"] = x["instances"][:0]
         before = [norm.second_moment.count.item() for norm in head]
-        loss = step(model, images)
-        assert loss == loss
+        assert math.isfinite(step(model, images))
         after = [norm.second_moment.count.item() for norm in head]
         assert (before == after) == (iteration % 3 == 1)
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters()
-                   if p.requires_grad and p.grad is not None)  # fmt: skip
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
         optimizer.step()
         assert all(s.isfinite().all() for s in statistics(model))
 
@@ -107,15 +90,8 @@ def test_frozen_stages_keep_their_statistics_to_the_bit_in_fine_tuning():
         step(model, [image(seed=seed), image(seed=seed + 5)])
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, statistics(frozen)))
-    assert not torch.equal(trained_before[0], statistics(bottom_up.res4)[0])
+    assert not torch.equal(trained_before[1], statistics(bottom_up.res4)[1])
     assert all(isinstance(m, MABN2d) for n, m in frozen.named_modules() if n.endswith("norm"))
-
-
-def decays(optimizer_or_groups, model):
-    groups = getattr(optimizer_or_groups, "param_groups", optimizer_or_groups)
-    by_parameter = {p: g.get("weight_decay") for g in groups for p in g["params"]}
-    assert sum(len(g["params"]) for g in groups) == len(by_parameter)
-    return {name: by_parameter[p] for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize(
@@ -195,7 +171,6 @@ def test_population_statistics_are_the_mean_over_the_batches_with_fixed_weights(
     torch.testing.assert_close(model[0].norm.running_var, x.square().mean((0, 2, 3)))
     for key, value in buffers.items():
         assert torch.equal(value, model.state_dict()[key])
-    assert model[0].norm.renorm_start_iter == 100 or model[0].norm.renorm_start_iter == 0
     if bn_too:
         assert model[-1].running_mean.abs().sum() > 0
     frozen = copy.deepcopy(model).requires_grad_(False)
@@ -240,14 +215,16 @@ def test_the_keys_of_the_authors_release_load():
 
 def test_state_dicts_load_strictly_and_report_what_is_missing_otherwise():
     state = MABN2d(3).state_dict()
-    assert set(state) == {"weight", "bias", "running_var", "second_moment.values",
+    assert set(state) == {"weight", "bias", "running_mean", "running_var", "second_moment.values",
                           "second_moment.count", "psi.values", "psi.count"}  # fmt: skip
     MABN2d(3).load_state_dict(state)
     bn = nn.BatchNorm2d(3).state_dict()
-    with pytest.raises(RuntimeError, match="running_mean"):
+    bn["running_mean"].fill_(5)
+    with pytest.raises(RuntimeError, match="psi.count"):
         MABN2d(3).load_state_dict(bn)
-    result = MABN2d(3).load_state_dict(bn, strict=False)
-    assert "psi.count" in result.missing_keys and "running_mean" in result.unexpected_keys
+    loaded = MABN2d(3)
+    result = loaded.load_state_dict(bn, strict=False)
+    assert "psi.count" in result.missing_keys and not loaded.running_mean.any()
 
 
 def train_unequally(folder):

@@ -1,12 +1,10 @@
 import collections
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,7 +18,8 @@ from mabn_d2.data.synthetic import make as synthetic
 from mabn_d2.data.synthetic.annotations import annotate, mask_to_polygons, uncompressed_rle
 from mabn_d2.data.synthetic.scenes import SHAPES, Scene, Thing, coco_scene, shapes_scene
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from .helpers import load_tool
+
 SHAPE_IDS = list(range(1, len(SHAPES) + 1))
 COCO_SIZE = 160
 
@@ -508,12 +507,8 @@ assert len(DatasetCatalog.get("coco_2017_val_panoptic_stuffonly")) == 4
 
 
 def run_tool(monkeypatch, *arguments):
-    path = REPOSITORY / "tools" / "make_synthetic_coco.py"
-    spec = importlib.util.spec_from_file_location("make_synthetic_coco_tool", path)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
-    return tool.main()
+    monkeypatch.setattr(sys, "argv", ["make_synthetic_coco.py", *map(str, arguments)])
+    return load_tool("make_synthetic_coco").main()
 
 
 def test_the_tool_says_where_the_data_is_and_how_to_use_it(tmp_path, monkeypatch, capsys):

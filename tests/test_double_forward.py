@@ -22,10 +22,10 @@ from mabn_d2.layers import BRN2d, CenConv2d, MABN2d, MBN2d
 from mabn_d2.surgery import set_norm_batch_size
 from mabn_d2.training import DoubleForward
 
-from .models import set_where_present, train_step
-from .test_mabn import assert_same_state, state
-from .test_training import cfg_for, train_a_worker
-from .workers import run_workers
+from .helpers.models import set_where_present, train_step
+from .helpers.norms import assert_same_state, state
+from .helpers.runs import cfg_for, train_a_worker
+from .helpers.workers import run_workers
 
 MBN = dict(memory_size=4, current_weight=0.6)
 MABN = dict(buffer_size=2, warmup_iters=0, renorm_start_iter=0)

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from mabn_d2.layers import MABN2d
 from mabn_d2.training import follow_grad_scaler
 
-from .reference import ReferenceMABN
+from .helpers.norms import DTYPES, FORMATS, as_layout, assert_same_state, state, train
+from .helpers.reference import ReferenceMABN
 
 TRACE = Path(__file__).parent / "data" / "mabn_reference_trace.npz"
 
@@ -32,25 +33,6 @@ def reference_of(norm, **options):
     reference.weight = norm.weight.detach().double().numpy()
     reference.bias = norm.bias.detach().double().numpy()
     return reference
-
-
-def train(norm, x, d=None):
-    """One forward and backward; returns the output and the input's gradient."""
-    x = x.detach().requires_grad_()
-    norm.zero_grad()
-    y = norm(x)
-    y.backward(torch.ones_like(y) if d is None else d)
-    return y.detach(), x.grad
-
-
-def state(norm):
-    return {key: value.clone() for key, value in norm.state_dict().items()}
-
-
-def assert_same_state(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
 
 
 def test_every_number_of_the_authors_released_layer_is_reproduced():
@@ -81,16 +63,6 @@ def test_every_number_of_the_authors_released_layer_is_reproduced():
     y = norm(torch.from_numpy(trace["eval/x"])).detach().numpy()
     np.testing.assert_allclose(y, trace["eval/y"], rtol=0, atol=1e-10)
     assert len(steps) > 5
-
-
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-DTYPES = {
-    # dtype: bound of the error in units of the largest value, from the dtype's rounding
-    torch.float64: 1e-12,
-    torch.float32: 2e-5,
-    torch.bfloat16: 2e-2,
-    torch.float16: 3e-3,
-}
 
 
 @settings(
@@ -143,14 +115,6 @@ def test_the_layer_equals_the_formulas_for_any_input_and_option(
               if dtype != torch.float64 else 1e-12)  # fmt: skip
     norm.eval()
     close(norm(x), reference.evaluate(x.double().numpy()), DTYPES[dtype])
-
-
-def as_layout(x, layout):
-    if layout == "channels_last":
-        return x.to(memory_format=torch.channels_last)
-    if layout == "strided":
-        return torch.stack([x, x], dim=-1)[..., 0]
-    return x
 
 
 def close(value, expected, tolerance, scale=1.0):
@@ -306,10 +270,10 @@ def test_evaluation_is_the_map_of_scale_and_shift():
     for _ in range(3):
         train(norm, torch.randn(2, 3, 4, 4) * 2)
     norm.eval()
-    x = torch.randn(2, 3, 4, 4)
+    before, x = state(norm), torch.randn(2, 3, 4, 4)
     scale, shift = (v[:, None, None] for v in norm.scale_and_shift())
     torch.testing.assert_close(norm(x), x * scale + shift)
-    assert_same_state(state(norm), state(norm))
+    assert_same_state(before, state(norm))
 
 
 def test_without_affine_the_layer_has_no_parameters():

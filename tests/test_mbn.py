@@ -21,10 +21,10 @@ from mabn_d2.layers import MBN2d
 from mabn_d2.plugin import norm_options
 from mabn_d2.training import average_norm_statistics
 
-from .reference import ReferenceMBN
-from .test_conditions import decays, small_cfg, statistics
-from .test_mabn import DTYPES, FORMATS, as_layout, assert_same_state, state, train
-from .workers import run_workers
+from .helpers.models import decays, small_cfg, statistics
+from .helpers.norms import DTYPES, FORMATS, as_layout, assert_same_state, state, train
+from .helpers.reference import ReferenceMBN
+from .helpers.workers import run_workers
 
 OPTIONS = dict(memory_size=4, current_weight=0.6, decay=0.7)
 

@@ -3,13 +3,13 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from .helpers import ROOT
+
 PACKAGE = ROOT / "mabn_d2"
-BELOW_THE_LINE = ("layers", "ops", "surgery", "training", "utils")
+BELOW_THE_LINE = ("layers", "ops", "statistics", "surgery", "training", "utils")
 WITHOUT_DETECTRON2 = "import sys; sys.modules['detectron2'] = sys.modules['fvcore'] = None; "
 
 

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import math
 import os
@@ -18,7 +17,7 @@ from mabn_d2.data import make_synthetic_coco, register_shapes
 from mabn_d2.report import curves, predictions
 from mabn_d2.report.run import describe_model
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from .helpers import ROOT, load_tool
 
 
 def losses(iteration, total=3.0):
@@ -74,16 +73,9 @@ def write_detections(run, dataset, score=0.9):
     (run / "inference" / "coco_instances_results.json").write_text(json.dumps(entries))
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("report_tool", REPOSITORY / "tools/report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def error_of(monkeypatch, capsys, *arguments):
     """What the tool prints when it fails."""
-    tool = load_tool()
+    tool = load_tool("report")
     monkeypatch.setattr(tool, "register_shapes", lambda: None)  # the fixture has done it
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
     assert tool.main() == 2
@@ -280,7 +272,7 @@ def test_description_of_models():
 
 
 def test_tool(run, dataset):
-    tool = str(REPOSITORY / "tools/report.py")
+    tool = str(ROOT / "tools/report.py")
     code = (
         "import sys, runpy, mabn_d2.report; assert 'matplotlib' not in sys.modules;"
         f"sys.argv = ['report.py', {str(run)!r}, '--images', '1'];"
@@ -290,7 +282,6 @@ def test_tool(run, dataset):
     process = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "DETECTRON2_DATASETS": str(dataset.parent)},
-        cwd=REPOSITORY,
         capture_output=True,
         text=True,
     )

@@ -1,27 +1,20 @@
 """Training and evaluation from the command line, with real processes."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import get_cfg
 
-from mabn_d2 import add_mabn_config
-from mabn_d2.data import make_synthetic_coco, register_shapes
+from mabn_d2.data import make_synthetic_coco
 from mabn_d2.engine import Trainer
-from mabn_d2.training import norm_statistics
 
-from .workers import run_workers
-
-ROOT = Path(__file__).parent.parent
-CONFIGS = ROOT / "configs"
-INSTANT = CONFIGS / "quick_schedules" / "shapes_mask_rcnn_R_18_FPN_mabn_instant.yaml"
+from .helpers import CONFIGS, INSTANT, ROOT
+from .helpers.runs import assert_same_run, cfg_for, environment, train_a_worker, weights
+from .helpers.workers import run_workers
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +31,6 @@ def command(output, *options, config=INSTANT):
             *[o for o in options if not o.startswith("--")]]  # fmt: skip
 
 
-def environment(datasets):
-    return {**os.environ, "DETECTRON2_DATASETS": str(datasets), "OMP_NUM_THREADS": "1"}
-
-
 def train(datasets, output, *options, config=INSTANT, check=True):
     done = subprocess.run(
         command(output, *options, config=config), env=environment(datasets),
@@ -49,30 +38,6 @@ def train(datasets, output, *options, config=INSTANT, check=True):
     )  # fmt: skip
     assert not check or done.returncode == 0, done.stdout[-3000:]
     return done
-
-
-def weights(output, name="model_final.pth"):
-    return torch.load(Path(output) / name)["model"]
-
-
-def assert_same_run(a, b):
-    for key, value in weights(a).items():
-        assert torch.equal(value, weights(b)[key]), key
-    last = [json.loads((Path(o) / "metrics.json").read_text().splitlines()[-1]) for o in (a, b)]
-    for key in last[0]:
-        if "loss" in key or "AP" in key:
-            assert last[0][key] == last[1][key] or last[0][key] != last[0][key], key
-
-
-def cfg_for(datasets, output, *options):
-    cfg = get_cfg()
-    add_mabn_config(cfg)
-    cfg.merge_from_file(str(INSTANT))
-    cfg.merge_from_list(["OUTPUT_DIR", str(output), "MODEL.DEVICE", "cpu", *options])
-    os.environ["DETECTRON2_DATASETS"] = str(datasets)
-    register_shapes(str(datasets))
-    Path(output).mkdir(exist_ok=True)
-    return cfg
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +162,10 @@ def test_evaluation_alone_prints_the_table_of_the_checkpoint(uninterrupted, shap
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["MODEL.MABN.BUFFER_SIZE", 0], "MODEL.MABN.BUFFER_SIZE must be a positive integer, got 0"),
+        (
+            ["MODEL.MABN.BUFFER_SIZE", 2.5],
+            "MODEL.MABN.BUFFER_SIZE must be a positive integer, or 0 for 32 / images per worker, got 2.5",
+        ),
         (["MODEL.MABN.MOMENTUM", 2.0], r"MODEL.MABN.MOMENTUM must be a number in (0, 1], got 2.0"),
         (["MODEL.MABN.EPS", "small"], "MODEL.MABN.EPS"),
         (["MODEL.FPN.NORM", "MABM"], "MODEL.FPN.NORM must be one of MABN, BRN, MBN, BN, SyncBN"),
@@ -231,28 +199,6 @@ def test_moving_averages_over_another_number_of_images_than_the_papers_are_menti
     assert ("MODEL.MABN.BUFFER_SIZE" in caplog.text) == warned
 
 
-def train_a_worker(datasets, output, iterations, *options):
-    """Statistics of this worker after a few iterations, before and after they are averaged."""
-    cfg = cfg_for(datasets, output, "SOLVER.IMS_PER_BATCH", "4", "TEST.EVAL_PERIOD", "0", *options)
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=True)
-    before = []
-    sync = next(h for h in trainer._hooks if type(h).__name__ == "SyncNormStatistics")
-    after_step = sync.after_step
-
-    def spy():
-        before[:] = [s.clone() for s in norm_statistics(trainer.model)]
-        after_step()
-
-    sync.after_step = spy
-    trainer._hooks = [h for h in trainer._hooks if type(h).__name__ != "EvalHook"]
-    trainer.max_iter = iterations
-    trainer.train()
-    after = [s.clone() for s in norm_statistics(trainer.model)]
-    model = getattr(trainer.model, "module", trainer.model).state_dict()
-    return before, after, model
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 4])
 def test_after_synchronization_all_workers_hold_the_mean_to_the_bit(shapes, tmp_path, workers):
@@ -279,7 +225,7 @@ def test_after_synchronization_all_workers_hold_the_mean_to_the_bit(shapes, tmp_
 def test_the_papers_config_trains_with_two_workers_and_evaluates_on_the_coco_layout(tmp_path):
     make_synthetic_coco(tmp_path, layout="coco2017", train=8, val=2, size=64)
     config = CONFIGS / "COCO-InstanceSegmentation" / "scratch_mask_rcnn_R_50_FPN_2x_mabn.yaml"
-    small = ["SOLVER.IMS_PER_BATCH", 2, "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", 64,
+    small = ["SOLVER.REFERENCE_WORLD_SIZE", 0, "SOLVER.IMS_PER_BATCH", 2, "INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", 64,
              "MODEL.RPN.POST_NMS_TOPK_TRAIN", 32, "MODEL.RPN.POST_NMS_TOPK_TEST", 8,
              "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0,
              # Four iterations from the running statistics' start are too few to evaluate with.

@@ -1,4 +1,3 @@
-import importlib.util
 import logging
 import os
 import pickle
@@ -21,19 +20,9 @@ from mabn_d2.checkpoint.sources.weights import FOREIGN_NORM_NOTE
 from mabn_d2.ops import record_and_average
 from mabn_d2.plugin import load_config
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-SMALL_CONFIG = REPOSITORY / "configs/quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn_instant.yaml"
-
+from .helpers import INSTANT, load_tool
 
 # -------------------------------------------------------------------------------------- the tools
-
-
-def load_tool():
-    path = REPOSITORY / "tools/convert_weights.py"
-    spec = importlib.util.spec_from_file_location("convert_weights_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -43,14 +32,14 @@ def convert(monkeypatch, capsys):
     def run(*arguments):
         arguments = [str(argument) for argument in arguments]
         monkeypatch.setattr("sys.argv", ["convert_weights.py", *arguments])
-        status = load_tool().main()
+        status = load_tool("convert_weights").main()
         return (status, *capsys.readouterr())
 
     return run
 
 
 def small_config(*options):
-    cfg = load_config(str(SMALL_CONFIG))
+    cfg = load_config(str(INSTANT))
     cfg.merge_from_list(list(options))
     return cfg
 
@@ -286,7 +275,7 @@ def test_release_detector_becomes_the_detector_it_was(convert, tmp_path, caplog)
     torch.save(release_detector(source), tmp_path / "src.pth")
     destination = tmp_path / "dst.pth"
     status, out, _ = convert(tmp_path / "src.pth", destination, "--from", "mabn-release",
-                             "--config-file", SMALL_CONFIG)  # fmt: skip
+                             "--config-file", INSTANT)  # fmt: skip
     total = sum(not name.endswith("kernel_mean") for name in source.state_dict())
     assert status == 0
     assert f"takes {total} of its {total} tensors\n  misses: 0\n  leaves over: 0" in out
@@ -474,7 +463,7 @@ def test_report_of_a_backbone_in_a_detector(convert, tmp_path, caplog):
     state.update({"bn1.weight": torch.rand(32), "bn1.bias": torch.rand(32)})
     torch.save(state, tmp_path / "src.pth")
     status, out, _ = convert(tmp_path / "src.pth", tmp_path / "dst.pth", "--from", "mabn-release",
-                             "--config-file", SMALL_CONFIG)  # fmt: skip
+                             "--config-file", INSTANT)  # fmt: skip
     assert status == 0 and "left over: 1\n  head.weight\n" in out
     misses, leaves = re.search(r"misses: \d+\n(.*)leaves over: \d+\n(.*)config", out, re.S).groups()
     assert (

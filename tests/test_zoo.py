@@ -46,7 +46,7 @@ from mabn_d2.data import make_synthetic_coco
 from mabn_d2.layers import CentralizedKernel
 from mabn_d2.plugin import DETECTRON2_NORMS
 
-from .models import (
+from .helpers.models import (
     SIZE,
     build,
     build_for_inspection,
@@ -510,7 +510,7 @@ def test_options_of_one_model_do_not_leak_into_the_next():
     add_mabn_config(cfg)
     cfg.MODEL.MABN.BUFFER_SIZE = 3
     build_with(shrink(cfg), "MABN")
-    assert get_norm("MABN", 8).second_moment.buffer_size == 16
+    assert get_norm("MABN", 8).second_moment.size == 16
 
 
 # ---- installation --------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from mabn_d2.checkpoint import (
     save_weights,
 )
 from mabn_d2.plugin import load_config
+from mabn_d2.plugin.command_line import add_arguments, bring_in
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,17 +33,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--config-file", metavar="FILE", help="also compare with the model of this config"
     )
-    return parser.parse_args()
+    return add_arguments(parser).parse_args()
 
 
 def main() -> int:
     arguments = parse_arguments()
     try:
         check_destination(arguments.dst)
+        bring_in(arguments)
         weights = load_weights(arguments.src, arguments.source)
         match = None
         if arguments.config_file:
-            match = match_model(weights, load_config(arguments.config_file))
+            cfg = load_config(arguments.config_file, ["MODEL.DEVICE", "cpu"])
+            match = match_model(weights, cfg)
         save_weights(weights, arguments.dst)
     except (ValueError, KeyError, AssertionError, OSError) as error:
         print(f"convert_weights.py: error: {' '.join(str(error).split())}", file=sys.stderr)

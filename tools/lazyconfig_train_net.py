@@ -14,16 +14,16 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from mabn_d2.checkpoint import Checkpointer
-from mabn_d2.data import register_shapes
-from mabn_d2.engine import LazyTrainer, check_lazy_config, load_lazy_config
+from mabn_d2.engine import LazyTrainer, load_lazy_config, preflight
+from mabn_d2.plugin.command_line import add_arguments, bring_in, set_lazy_num_classes
+from mabn_d2.utils.command_line import errors_in_one_line, without_usage
 
 
 def setup(args):
     """The config of the command line's file and overrides."""
-    register_shapes()
+    bring_in(args)
     cfg = load_lazy_config(args.config_file, args.opts)
-    num_workers = args.num_gpus * args.num_machines
-    check_lazy_config(cfg, num_workers, eval_only=args.eval_only, resume=args.resume)
+    set_lazy_num_classes(cfg, args)
     return cfg
 
 
@@ -45,11 +45,10 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    try:  # a mistake in the config is reported before any worker starts
-        setup(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"lazyconfig_train_net.py: error: {error}")
+    args = without_usage(add_arguments(default_argument_parser())).parse_args()
+    with errors_in_one_line():
+        for warning in preflight.check_lazy(setup(args), args):
+            print(f"lazyconfig_train_net.py: warning: {warning}", file=sys.stderr)
     launch(
         main,
         args.num_gpus,

@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 
-from mabn_d2.data import register_shapes
+from mabn_d2.plugin.command_line import add_arguments, bring_in
 from mabn_d2.report import METRICS, ap_table, draw_predictions, plot_curves
 
 
@@ -23,7 +23,7 @@ def parse_arguments() -> argparse.Namespace:
         "--images", type=int, default=6, metavar="N", help="images in predictions.png (default: 6)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the choice of images (default: 0)")
-    return parser.parse_args()
+    return add_arguments(parser).parse_args()
 
 
 def main() -> int:
@@ -32,8 +32,8 @@ def main() -> int:
         os.path.join(arguments.output_dir, name)
         for name in (METRICS, "curves.png", "predictions.png")
     )
-    register_shapes()
     try:
+        bring_in(arguments)
         table = ap_table(metrics_file)
         plot_curves(metrics_file, curves)
         draw_predictions(arguments.output_dir, predictions, arguments.images, arguments.seed)

@@ -9,47 +9,25 @@ Takes the options of Detectron2's own `tools/train_net.py`. On a machine without
 import sys
 
 import torch
-from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from mabn_d2 import add_mabn_config
 from mabn_d2.checkpoint import Checkpointer
-from mabn_d2.data import register_shapes
-from mabn_d2.engine import Trainer
-from mabn_d2.engine.preflight import check_dataset, check_weights
-from mabn_d2.plugin import check_norm_names, norm_options
+from mabn_d2.engine import Trainer, preflight
+from mabn_d2.plugin import load_config
+from mabn_d2.plugin.command_line import add_arguments, bring_in, set_num_classes
+from mabn_d2.utils.command_line import errors_in_one_line, without_usage
 
 
 def setup(args):
     """The frozen config of the command line's file and options."""
-    register_shapes()
-    cfg = get_cfg()
-    add_mabn_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    norm_options(cfg)
-    check_norm_names(cfg)
-    check_files(cfg, args)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    bring_in(args)
+    cfg = load_config(args.config_file, args.opts)
+    set_num_classes(cfg, args)
     cfg.freeze()
     return cfg
-
-
-def check_files(cfg, args):
-    """
-    Raises:
-        ValueError: a data set or the weights are not where the config says.
-    """
-    names = {"TRAIN": () if args.eval_only else cfg.DATASETS.TRAIN, "TEST": cfg.DATASETS.TEST}
-    for split, split_names in names.items():
-        for name in split_names:
-            check_dataset(name, f"DATASETS.{split}")
-    if not args.resume:
-        check_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
 
 
 def main(args):
@@ -64,6 +42,8 @@ def main(args):
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(Trainer.test_with_augmentation(cfg, model))
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
@@ -73,11 +53,10 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    try:  # a wrong option is reported before any worker starts
-        setup(args)
-    except (ValueError, KeyError, AssertionError, OSError) as error:
-        sys.exit(f"train_net.py: error: {error}")
+    args = without_usage(add_arguments(default_argument_parser())).parse_args()
+    with errors_in_one_line():
+        for warning in preflight.check(setup(args), args):
+            print(f"train_net.py: warning: {warning}", file=sys.stderr)
     launch(
         main,
         args.num_gpus,

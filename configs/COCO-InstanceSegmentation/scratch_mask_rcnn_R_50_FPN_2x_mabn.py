@@ -1,4 +1,7 @@
+from ..common.coco_schedule import lr_multiplier_2x as lr_multiplier
+from ..common.data.coco import dataloader
 from ..common.models.mask_rcnn_fpn import model
+from ..common.optim import SGD as optimizer
 from ..common.train import train
 
 model.backbone.bottom_up.stem.norm = model.backbone.bottom_up.stages.norm = "MABN"

@@ -10,7 +10,7 @@ from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Re
 
 from mabn_d2.classification.data import FashionMNIST
 
-from ..ImageNet.common import dataloader, model, optimizer, train
+from ..ImageNet.common import GROUPS, dataloader, lr_multiplier, model, optimizer, per_group, train
 
 del model.stages.stride_in_1x1  # ResNet-18 has no 1x1 convolutions to put it in
 model.stages.depth = 18
@@ -35,3 +35,4 @@ train.max_iter = 1875
 train.checkpointer.period = 500
 train.eval_period = 500
 train.seed = 1
+train.reference_world_size = 0

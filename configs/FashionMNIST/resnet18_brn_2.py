@@ -2,7 +2,7 @@ from functools import partial
 
 from mabn_d2.layers import BRN2d
 
-from .common import GROUPS, model, per_group, train
+from .common import GROUPS, dataloader, lr_multiplier, model, optimizer, per_group, train
 
 # The bounds grow in the same parts of the schedule as on ImageNet: iterations 16 to 125, and to 78.
 model.stages.norm = partial(

@@ -1,5 +1,5 @@
 from ..ImageNet.resnet50_mabn_2 import model as _imagenet
-from .common import model, train
+from .common import dataloader, lr_multiplier, model, optimizer, train
 
 model.stages.norm = _imagenet.stages.norm
 model.norm_batch_size = 2

@@ -1,4 +1,4 @@
-from .common import model, train
+from .common import dataloader, lr_multiplier, model, optimizer, train
 
 model.stages.norm = "MBN"
 model.norm_batch_size = 2

@@ -84,3 +84,4 @@ train = model_zoo.get_config("common/train.py").train
 train.max_iter = 600000
 train.checkpointer.period = 10000
 train.eval_period = 50000
+train.reference_world_size = 8

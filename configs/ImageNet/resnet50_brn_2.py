@@ -2,7 +2,7 @@ from functools import partial
 
 from mabn_d2.layers import BRN2d
 
-from .common import GROUPS, model, per_group, train
+from .common import GROUPS, dataloader, lr_multiplier, model, optimizer, per_group, train
 
 # The schedule of BRN's paper: r from 5k to 40k iterations, d from 5k to 25k.
 model.stages.norm = partial(

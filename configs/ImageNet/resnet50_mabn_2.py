@@ -2,7 +2,7 @@ from functools import partial
 
 from mabn_d2.layers import MABN2d
 
-from .common import GROUPS, model, per_group, train
+from .common import GROUPS, dataloader, lr_multiplier, model, optimizer, per_group, train
 
 # As in the release, the running statistic moves by 2 % per iteration, the batch's own statistics are
 # used in the first iteration, and r = 1 in the first 100.

@@ -1,4 +1,4 @@
-from .common import model, train
+from .common import dataloader, lr_multiplier, model, optimizer, train
 
 # Each group of 2 images is remembered as a mini-batch, as the 2 images of a GPU are in detection.
 model.stages.norm = "MBN"

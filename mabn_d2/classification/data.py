@@ -11,9 +11,11 @@ import torchvision
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset, Sampler
+from PIL.Image import Image
+from torch.utils.data import DataLoader, Dataset
 
-from ..utils.random import seed_from, temporary_seed
+from ..data.loader import MappedDataset, ResumableLoader
+from ..utils.random import seed_from
 
 
 def default_root() -> str:
@@ -96,114 +98,52 @@ class FashionMNIST(torchvision.datasets.FashionMNIST):
                 )
 
 
-class _Detectron2Samples(Dataset):
-    """
-    Pairs (PIL image, label) as the dicts that a model of Detectron2 takes.
-
-    With a seed, samples are addressed by pairs (draw, index), and what a sample looks like depends on
-    seed, worker and draw alone, whichever process maps it and whatever it has mapped before.
-    """
-
-    def __init__(self, pairs: Dataset, seed: int | None = None):
-        self.pairs = pairs
-        self.seed = seed
-        self.rank = comm.get_rank()
-
-    def __len__(self):
-        return len(self.pairs)
-
-    def __getitem__(self, place) -> dict[str, Any]:
-        if self.seed is None:
-            return self._sample(place)
-        draw, index = place
-        with temporary_seed(seed_from(self.seed, self.rank, draw)):
-            return self._sample(index)
-
-    def _sample(self, index: int) -> dict[str, Any]:
-        image, label = self.pairs[index]
-        bgr = np.asarray(image.convert("RGB"))[:, :, ::-1]
-        return {"image": torch.from_numpy(bgr.transpose(2, 0, 1).copy()), "label": label}
+def _as_detectron2_sample(pair: tuple[Image, int]) -> dict[str, Any]:
+    """A pair (PIL image, label) as the dict that a model of Detectron2 takes."""
+    image, label = pair
+    bgr = np.asarray(image.convert("RGB"))[:, :, ::-1]
+    return {"image": torch.from_numpy(bgr.transpose(2, 0, 1).copy()), "label": label}
 
 
-class _ShuffledBatches(Sampler):
-    """
-    This worker's batches of (draw, index) pairs from `start_iter` on, without end.
-
-    All workers together go through one shuffled epoch after the other; the images of an iteration
-    are consecutive there.
-    """
-
-    def __init__(self, num_samples: int, batch_size: int, seed: int, start_iter: int):
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start_iter = start_iter
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        first = self.start_iter * self.batch_size
-        share = self._indices(first * comm.get_world_size())
-        own = itertools.islice(share, comm.get_rank(), None, comm.get_world_size())
-        draws = enumerate(own, first)
-        while True:
-            yield list(itertools.islice(draws, self.batch_size))
-
-    def _indices(self, start: int) -> Iterator[int]:
-        epoch, skip = divmod(start, self.num_samples)
-        for epoch in itertools.count(epoch):
-            generator = np.random.default_rng(seed_from(self.seed, epoch))
-            yield from generator.permutation(self.num_samples)[skip:].tolist()
-            skip = 0
-
-
-class ClassificationTrainLoader:
+class ClassificationTrainLoader(ResumableLoader):
     """
     Iterable of training batches; each is a list of samples, the images of one worker.
 
     A sample is a dict of "image", a uint8 tensor of shape (3, H, W) in the order BGR, and "label".
-
-    Attributes:
-        seed: what samples are drawn and how they are augmented depends on this alone.
-        start_iter: the iteration whose batch comes first. Both take effect at the next `iter()`.
+    All workers together go through one shuffled epoch after the other; the images of an iteration are
+    consecutive there.
     """
 
-    def __init__(self, dataset: Dataset, total_batch_size: int, num_workers: int = 0):
+    def __init__(self, dataset: Dataset, total_batch_size: int, num_workers: int = 0, **options):
         """
         Args:
             dataset: of pairs (PIL image, label); randomly transformed for augmentation.
             total_batch_size: images per iteration, over all workers.
             num_workers: number of processes that load data for one worker.
+            options: of `torch.utils.data.DataLoader`.
 
         Raises:
             ValueError: the data set is empty, or the batch cannot be divided among the workers.
         """
-        world_size = comm.get_world_size()
-        if total_batch_size < 1 or total_batch_size % world_size:
-            raise ValueError(
-                "total_batch_size must be a positive multiple of the number of workers "
-                f"({world_size}), got {total_batch_size}"
-            )
         if not len(dataset):
             raise ValueError(f"There are no images to train with in {type(dataset).__name__}")
-        self.dataset = dataset
-        self.batch_size = total_batch_size // world_size
-        self.num_workers = num_workers
-        self.seed = 0
-        self.start_iter = 0
+        samples = MappedDataset(dataset, _as_detectron2_sample)
+        super().__init__(samples, total_batch_size, num_workers, **options)
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        # A data loader draws a seed for its processes. That must not shift the random numbers of the
-        # iteration in which training happens to start.
-        with temporary_seed(self.seed):
-            return iter(
-                DataLoader(
-                    _Detectron2Samples(self.dataset, self.seed),
-                    batch_sampler=_ShuffledBatches(
-                        len(self.dataset), self.batch_size, self.seed, self.start_iter
-                    ),
-                    num_workers=self.num_workers,
-                    collate_fn=trivial_batch_collator,
-                )
-            )
+    def _batches(self):
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        first = self.start_iter * self.batch_size
+        own = itertools.islice(self._indices(first * world_size), rank, None, world_size)
+        draws = enumerate(own, first)
+        return iter(lambda: list(itertools.islice(draws, self.batch_size)), [])
+
+    def _indices(self, start: int) -> Iterator[int]:
+        num_samples = len(self.dataset)
+        epoch, skip = divmod(start, num_samples)
+        for epoch in itertools.count(epoch):
+            generator = np.random.default_rng(seed_from(self.seed, epoch))
+            yield from generator.permutation(num_samples)[skip:].tolist()
+            skip = 0
 
 
 def build_classification_test_loader(
@@ -223,7 +163,7 @@ def build_classification_test_loader(
     if not len(dataset):
         raise ValueError(f"There are no images to evaluate in {type(dataset).__name__}")
     return DataLoader(
-        _Detectron2Samples(dataset),
+        MappedDataset(dataset, _as_detectron2_sample),
         sampler=InferenceSampler(len(dataset)),
         batch_size=batch_size,
         num_workers=num_workers,

@@ -1,18 +1,23 @@
 """Hooks for Detectron2's training loop."""
 
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterable
 
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, TrainerBase, hooks
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from fvcore.nn.precise_bn import get_bn_modules, update_bn_stats
 from torch import nn
 
 from .. import training
 from ..checkpoint import Checkpointer
+from ..data.loader import ResumableLoader
+from ..layers import MBN2d
+from ..statistics import StatisticsRecorder
 from ..training import average_norm_statistics, population_statistics
+from ..utils.random import seed_from
 
 
 @torch.no_grad()
@@ -23,39 +28,46 @@ def update_norm_statistics(model: nn.Module, batches: Iterable, num_iters: int) 
     Args:
         model: in training mode; called with each batch.
         batches: iterable of what the model takes, at least `num_iters` long.
+
+    Raises:
+        ValueError: there are fewer batches; the statistics have not changed.
     """
     with population_statistics(model), EventStorage():  # what the model logs is not training's
-        if get_bn_modules(model):
-            update_bn_stats(model, batches, num_iters)
-        else:
-            for batch in itertools.islice(batches, num_iters):
-                model(batch)
+        count = 0
+        for count, batch in enumerate(itertools.islice(batches, num_iters), start=1):  # noqa: B007
+            model(batch)
+        if count < num_iters:
+            raise ValueError(f"Statistics over {num_iters} batches were asked for, got {count}")
 
 
 class PreciseStatistics(HookBase):
     """
     `TEST.PRECISE_BN` for all norms: recomputes their running statistics before evaluation.
 
-    Detectron2's own `PreciseBN` passes over every norm that it does not know.
+    Detectron2's own `PreciseBN` passes over every norm that it does not know. The batches depend on the
+    iteration alone, or a resumed run would get others.
     """
 
-    def __init__(self, period: int, build_loader: Callable[[int], Iterable], num_iters: int):
+    def __init__(self, period: int, num_iters: int):
         """
         Args:
             period: iterations between evaluations, 0 for after the last iteration only.
-            build_loader: called with the iteration; the training batches to use there.
-            num_iters: number of batches.
+            num_iters: number of training batches.
         """
         self._period = period
-        self._build_loader = build_loader
         self._num_iters = num_iters
 
     def after_step(self):
         trainer = self.trainer
         next_iter = trainer.iter + 1
         if next_iter == trainer.max_iter or (self._period > 0 and next_iter % self._period == 0):
-            loader = self._build_loader(trainer.iter)
-            update_norm_statistics(trainer.model, iter(loader), self._num_iters)
+            update_norm_statistics(trainer.model, self._batches(), self._num_iters)
+
+    def _batches(self) -> Iterable:
+        trainer = self.trainer
+        if isinstance(trainer.train_loader, ResumableLoader):
+            return trainer.train_loader.replica(seed_from(trainer.seed, trainer.iter))
+        return trainer.build_train_loader(trainer.cfg)
 
 
 class SyncNormStatistics(HookBase):
@@ -112,8 +124,99 @@ class DoubleForward(HookBase):
         self._double_forward = training.DoubleForward(model)
 
     def after_step(self):
-        with EventStorage(self.trainer.iter):  # what the model logs again is nobody's
-            self._double_forward.renew()
+        self._double_forward.renew()
 
     def after_train(self):
         self._double_forward.remove()
+
+
+class RecordStatistics(HookBase):
+    """
+    Writes the ℓ2 norms of batch statistics into the trainer's storage and its `metrics.json`.
+
+    As `statistics/LAYER/QUANTITY`, see :class:`mabn_d2.statistics.StatisticsRecorder`, the mean over the
+    calls and normalization batches of an iteration. They are those of the main process. `metrics.json` gets
+    every recorded iteration; the other writers take what is newest at each line of the log.
+    """
+
+    def __init__(self, layers: Iterable[str], period: int):
+        """
+        Args:
+            layers: patterns of names of norms.
+            period: every how many iterations something is recorded.
+        """
+        self._layers, self._period = layers, period
+
+    def before_train(self):
+        trainer = self.trainer
+        model = trainer.model
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        self._recorder = StatisticsRecorder(
+            model,
+            self._layers,
+            self._period,
+            grad_scaler=getattr(trainer._trainer, "grad_scaler", None),
+            start_iter=trainer.start_iter,
+        )
+
+    def after_step(self):
+        self._recorder.step()
+        values = {
+            f"statistics/{record.layer}/{record.quantity}": sum(record.values) / len(record.values)
+            for record in self._recorder.flush()
+        }
+        self._recorder.records.clear()
+        if values and comm.is_main_process():
+            self.trainer.storage.put_scalars(smoothing_hint=False, **values)
+            path = os.path.join(self.trainer.checkpointer.save_dir, "metrics.json")
+            with open(path, "a") as f:
+                f.write(json.dumps({"iteration": self.trainer.iter, **values}) + "\n")
+
+    def after_train(self):
+        self._recorder.remove()
+
+
+def build_hooks(
+    trainer: TrainerBase,
+    *,
+    double_forward: bool,
+    precise_iters: int,
+    eval_period: int,
+    evaluate: Callable | None,
+    checkpoints: dict[str, int],
+    log_period: int = 20,
+    statistics: tuple[Iterable[str], int] | None = None,
+) -> list[HookBase]:
+    """
+    The hooks of both trainers, in the order in which they run after each iteration.
+
+    Args:
+        trainer: a :class:`ResumableTrainer`.
+        double_forward: whether MBN, where it is in the model, renews its memory.
+        precise_iters: batches of :class:`PreciseStatistics`; 0 for none.
+        eval_period: iterations between evaluations; 0 for after the last iteration only.
+        evaluate: called without arguments, returns the results; None for no evaluation.
+        checkpoints: `period` and perhaps `max_to_keep` of `PeriodicCheckpointer`.
+        log_period: iterations between lines of the log.
+        statistics: layers and period of :class:`RecordStatistics`; None for none.
+    """
+    is_main = comm.is_main_process()
+    has_memory = any(isinstance(module, MBN2d) for module in trainer.model.modules())
+    ret: list[HookBase] = []
+    if statistics is not None:
+        ret.append(RecordStatistics(*statistics))
+    if double_forward and has_memory:
+        ret.append(DoubleForward())
+    ret += [hooks.IterationTimer(), hooks.LRScheduler()]
+    if precise_iters:
+        ret.append(PreciseStatistics(eval_period, precise_iters))
+    ret.append(SyncNormStatistics(eval_period, checkpoints["period"]))
+    if is_main:
+        ret.append(FinalCheckpoint(trainer.checkpointer))
+        ret.append(hooks.PeriodicCheckpointer(trainer.checkpointer, **checkpoints))
+    if evaluate is not None:
+        ret.append(hooks.EvalHook(eval_period, evaluate))
+    if is_main:  # last, so that it writes what the others have measured
+        ret.append(hooks.PeriodicWriter(trainer.build_writers(), log_period))
+    return ret

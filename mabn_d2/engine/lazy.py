@@ -2,11 +2,12 @@
 
 import difflib
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from detectron2.config import LazyConfig, instantiate
-from detectron2.engine import TrainerBase, default_writers, hooks
+from detectron2.engine import HookBase, TrainerBase, default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
@@ -14,7 +15,9 @@ from detectron2.utils.file_io import PathManager
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from .hooks import DoubleForward, FinalCheckpoint, SyncNormStatistics
+from ..data.loader import build_lazy_train_loader
+from ..plugin.scaling import scale_lazy_config
+from .hooks import build_hooks
 from .preflight import items
 from .resumable import ResumableTrainer
 
@@ -22,7 +25,12 @@ _PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 # What the trainer takes beyond the `train` of Detectron2's configs/common/train.py.
 _DEFAULTS = {
     "seed": -1,  # of all random choices; a negative one stands for a random seed
-    "double_forward": False,  # whether MBN renews its memory after each step
+    "double_forward": True,  # whether MBN, where it is in the model, renews its memory after each step
+    # Whether the running statistics are recomputed before evaluation, and over how many batches.
+    "precise_bn": {"enabled": False, "num_iter": 200},
+    # Whether the ℓ2 norms of batch statistics are recorded: of which norms, every how many iterations.
+    "statistics": {"enabled": False, "layers": ["*"], "period": 20},
+    "reference_world_size": 0,  # as SOLVER.REFERENCE_WORLD_SIZE, see plugin/scaling.py
 }
 
 
@@ -45,8 +53,7 @@ def load_lazy_config(file: str, overrides: list[str]) -> DictConfig:
     missing = [part for part in _PARTS if part not in cfg]
     if missing:
         raise ValueError(f"{file} does not define {', '.join(missing)}")
-    for key, value in _DEFAULTS.items():
-        cfg.train.setdefault(key, value)
+    _add_defaults(cfg.train)
     keys = [key for key, _ in items(OmegaConf.to_container(cfg))]
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -65,6 +72,13 @@ def load_lazy_config(file: str, overrides: list[str]) -> DictConfig:
     return cfg
 
 
+def _add_defaults(options: DictConfig, defaults: dict[str, Any] = _DEFAULTS) -> None:
+    for key, value in defaults.items():
+        options.setdefault(key, value)
+        if isinstance(value, dict):
+            _add_defaults(options[key], value)
+
+
 class LazyTrainer(ResumableTrainer):
     """
     The counterpart of :class:`mabn_d2.engine.Trainer` for LazyConfigs.
@@ -78,9 +92,10 @@ class LazyTrainer(ResumableTrainer):
         lr_multiplier: to a fvcore `ParamScheduler`
         train: output_dir, init_checkpoint, max_iter, amp.enabled, ddp, checkpointer, eval_period,
             log_period, device as in Detectron2's configs/common/train.py, and what
-            :func:`load_lazy_config` adds
+            :func:`load_lazy_config` adds: seed, double_forward, precise_bn
 
-    Data loaders of this package resume where they were; those of Detectron2 start anew.
+    Data loaders of this package and Detectron2's for detection resume where they were; any other
+    starts anew.
     """
 
     def __init__(self, cfg: DictConfig):
@@ -88,14 +103,15 @@ class LazyTrainer(ResumableTrainer):
         Args:
             cfg: of :func:`load_lazy_config`.
         """
-        self.cfg = cfg
+        _add_defaults(cfg.train)
+        self.cfg = cfg = scale_lazy_config(cfg, comm.get_world_size())
         model = self.build_model(cfg)
         params = {**cfg.optimizer.params, "model": model}
         optimizer = instantiate({**cfg.optimizer, "params": params})
         super().__init__(
             model,
             optimizer,
-            instantiate(cfg.dataloader.train),
+            self.build_train_loader(cfg),
             seed=cfg.train.seed,
             max_iter=cfg.train.max_iter,
             output_dir=cfg.train.output_dir,
@@ -113,27 +129,29 @@ class LazyTrainer(ResumableTrainer):
         logging.getLogger(__name__).info("Model:\n%s", model)
         return model
 
-    def build_hooks(self) -> list[hooks.HookBase]:
-        """The hooks in the order in which they run after each iteration."""
+    @classmethod
+    def build_train_loader(cls, cfg: DictConfig) -> Iterable:
+        """Detectron2's detection loader is made resumable; any other is what the config says."""
+        return build_lazy_train_loader(cfg.dataloader.train)
+
+    def build_writers(self):
+        return default_writers(self.cfg.train.output_dir, self.max_iter)
+
+    def build_hooks(self) -> list[HookBase]:
+        """Those of :func:`mabn_d2.engine.hooks.build_hooks`."""
         options = self.cfg.train
-        is_main = comm.is_main_process()
-        ret = []
-        if options.double_forward:
-            ret.append(DoubleForward())
-        ret += [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(),
-            SyncNormStatistics(options.eval_period, options.checkpointer.period),
-        ]
-        if is_main:
-            ret.append(FinalCheckpoint(self.checkpointer))
-            ret.append(hooks.PeriodicCheckpointer(self.checkpointer, **options.checkpointer))
-        if "evaluator" in self.cfg.dataloader:
-            ret.append(hooks.EvalHook(options.eval_period, lambda: self.test(self.cfg, self.model)))
-        if is_main:  # last, so that it writes what the others have measured
-            writers = default_writers(options.output_dir, self.max_iter)
-            ret.append(hooks.PeriodicWriter(writers, options.log_period))
-        return ret
+        precise, recorded = options.precise_bn, options.statistics
+        has_evaluator = "evaluator" in self.cfg.dataloader
+        return build_hooks(
+            self,
+            double_forward=options.double_forward,
+            precise_iters=precise.num_iter if precise.enabled else 0,
+            eval_period=options.eval_period,
+            evaluate=(lambda: self.test(self.cfg, self.model)) if has_evaluator else None,
+            checkpoints=options.checkpointer,
+            log_period=options.log_period,
+            statistics=(list(recorded.layers), recorded.period) if recorded.enabled else None,
+        )
 
     def train(self) -> None:
         """Trains from `start_iter` to `max_iter`."""

@@ -12,7 +12,31 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import Checkpointer
+from ..checkpoint.reading import read_checkpoint
 from ..utils.random import seed_from
+
+
+def check_num_workers(output_dir: str, num_workers: int) -> None:
+    """
+    For a run that is to be resumed from the last checkpoint of a folder, if there is one.
+
+    Raises:
+        ValueError: another number of workers trained it, with which an iteration is another part of
+            the data and of the schedule.
+    """
+    checkpointer = Checkpointer(nn.Module(), output_dir)
+    if checkpointer.has_checkpoint():
+        checkpoint = read_checkpoint(checkpointer.get_checkpoint_file())
+        _check_num_workers(checkpoint.get("trainer", {}), num_workers)
+
+
+def _check_num_workers(trainer_state: dict, num_workers: int) -> None:
+    before = trainer_state.get("num_workers", num_workers)  # version 0.1.0 does not save it
+    if before != num_workers:
+        raise ValueError(
+            f"The run to resume was trained by {before} worker{'s' * (before != 1)}, it cannot go on "
+            f"with {num_workers}"
+        )
 
 
 class ResumableTrainer(DefaultTrainer):
@@ -89,8 +113,13 @@ class ResumableTrainer(DefaultTrainer):
         super().run_step()
 
     def state_dict(self):
-        return {**super().state_dict(), "seed": self.seed}
+        return {
+            **super().state_dict(),
+            "seed": self.seed,
+            "num_workers": comm.get_world_size(),
+        }
 
     def load_state_dict(self, state_dict):
+        _check_num_workers(state_dict, comm.get_world_size())
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)

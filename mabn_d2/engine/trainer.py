@@ -6,7 +6,6 @@ import os
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.engine import hooks
 from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
@@ -17,15 +16,17 @@ from detectron2.evaluation import (
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
 )
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 
-from ..data.loader import TrainLoader, build_train_loader
-from ..layers import MABN2d, MBN2d
-from ..utils.random import seed_from
-from .hooks import DoubleForward, FinalCheckpoint, PreciseStatistics, SyncNormStatistics
+from ..data.loader import build_train_loader
+from ..layers import MABN2d
+from .hooks import build_hooks
 from .resumable import ResumableTrainer
 
-_EVALUATORS = {
+logger = logging.getLogger(__name__)
+# By the `evaluator_type` of a data set.
+EVALUATORS = {
     "coco": [COCOEvaluator],
     "coco_panoptic_seg": [SemSegEvaluator, COCOEvaluator, COCOPanopticEvaluator],
     "sem_seg": [SemSegEvaluator],
@@ -71,35 +72,26 @@ class Trainer(ResumableTrainer):
         self.register_hooks(self.build_hooks())
 
     def build_hooks(self):
+        """Those of :func:`mabn_d2.engine.hooks.build_hooks`."""
         cfg = self.cfg
-        before = [SyncNormStatistics(cfg.TEST.EVAL_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD)]
-        if cfg.TEST.PRECISE_BN.ENABLED:
-            before.insert(
-                0,
-                PreciseStatistics(
-                    cfg.TEST.EVAL_PERIOD, self._build_precise_loader, cfg.TEST.PRECISE_BN.NUM_ITER
-                ),
-            )
-        ret = [h for h in super().build_hooks() if h and not isinstance(h, hooks.PreciseBN)]
-        after = (hooks.PeriodicCheckpointer, hooks.EvalHook)
-        place = next(i for i, hook in enumerate(ret) if isinstance(hook, after))
-        if comm.is_main_process():
-            before.append(FinalCheckpoint(self.checkpointer))
-        ret = [*ret[:place], *before, *ret[place:]]
-        is_memorized = any(isinstance(module, MBN2d) for module in self._trainer.model.modules())
-        if is_memorized and cfg.MODEL.get("MBN", {}).get("DOUBLE_FORWARD", True):
-            ret.insert(0, DoubleForward())
-        return ret
+        precise = cfg.TEST.PRECISE_BN
+        return build_hooks(
+            self,
+            double_forward=cfg.MODEL.get("MBN", {}).get("DOUBLE_FORWARD", True),
+            precise_iters=precise.NUM_ITER if precise.ENABLED else 0,
+            eval_period=cfg.TEST.EVAL_PERIOD,
+            evaluate=self._evaluate,
+            checkpoints={"period": cfg.SOLVER.CHECKPOINT_PERIOD},
+            statistics=_recorded_statistics(cfg),
+        )
 
-    def _build_precise_loader(self, iteration: int):
-        """Batches that depend on the iteration alone, or a resumed run would get others."""
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.DATALOADER.NUM_WORKERS = 0
-        loader = self.build_train_loader(cfg)
-        if isinstance(loader, TrainLoader):
-            loader.seed = seed_from(self.seed, iteration)
-        return loader
+    def _evaluate(self):
+        results = self.test(self.cfg, self.model)
+        is_last = self.iter + 1 >= self.max_iter
+        if self.cfg.TEST.AUG.ENABLED and is_last:
+            results.update(self.test_with_augmentation(self.cfg, self.model))
+        self._last_eval_results = results  # `train` verifies them
+        return results
 
     @classmethod
     def build_train_loader(cls, cfg):
@@ -107,21 +99,54 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        """The evaluators for the data set's `evaluator_type`."""
+        """
+        The evaluators for the data set's `evaluator_type`.
+
+        Raises:
+            NotImplementedError: there are none; `test` goes on to the next data set then.
+        """
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
-        kind = MetadataCatalog.get(dataset_name).evaluator_type
-        if kind not in _EVALUATORS:
-            raise ValueError(
-                f"DATASETS.TEST: {dataset_name} has evaluator_type {kind!r}, accepted are "
-                f"{', '.join(_EVALUATORS)}"
-            )
+        kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
+        if kind not in EVALUATORS:
+            logger.warning(
+                "DATASETS.TEST: %s is not evaluated: its evaluator_type is %r, accepted are %s",
+                dataset_name, kind, ", ".join(EVALUATORS),
+            )  # fmt: skip
+            raise NotImplementedError
         evaluators = []
-        for create in _EVALUATORS[kind]:
-            if create in (SemSegEvaluator, COCOEvaluator, LVISEvaluator, COCOPanopticEvaluator):
+        for create in EVALUATORS[kind]:
+            if create is COCOEvaluator:
+                sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+                evaluators.append(
+                    COCOEvaluator(dataset_name, output_dir=output_dir, kpt_oks_sigmas=sigmas)
+                )
+            elif create in (SemSegEvaluator, LVISEvaluator, COCOPanopticEvaluator):
                 evaluators.append(create(dataset_name, output_dir=output_dir))
             else:
                 evaluators.append(create(dataset_name))
         return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+    @classmethod
+    def test_with_augmentation(cls, cfg, model):
+        """
+        `TEST.AUG`: evaluates once more, on several sizes of each image and flipped.
+
+        Writes below the folder `tta` of the output folder.
+
+        Returns:
+            as `test` does, each name with the suffix `_TTA`, as Detectron2's `tools/train_net.py`.
+        """
+        logger.info("Evaluating with test-time augmentation")
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "tta")
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model))
+        return {f"{name}_TTA": result for name, result in results.items()}
+
+
+def _recorded_statistics(cfg: CfgNode) -> tuple[list[str], int] | None:
+    options = cfg.get("STATISTICS", {"ENABLED": False})
+    return (list(options["LAYERS"]), options["PERIOD"]) if options["ENABLED"] else None
 
 
 def _log_simulated_batch(model: torch.nn.Module, cfg: CfgNode) -> None:
@@ -132,7 +157,7 @@ def _log_simulated_batch(model: torch.nn.Module, cfg: CfgNode) -> None:
     images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
     size = norms[0].psi.size
     if not 16 <= images * size <= 64:
-        logging.getLogger(__name__).warning(
+        logger.warning(
             "MABN: the moving averages span %d images (%d images per worker x MODEL.MABN.BUFFER_SIZE "
             "%d). The paper uses 32: consider MODEL.MABN.BUFFER_SIZE %d.",
             images * size, images, size, max(1, round(32 / images)),

@@ -6,7 +6,7 @@ from .centralized_conv import CenConv2d, CenConvTranspose2d, CentralizedKernel, 
 from .mabn import MABN2d
 from .mbn import MBN2d
 from .norm import Norm2d
-from .options import check_options, checked, options_of
+from .options import check_options, checked, marked_options, options_of
 from .ring_buffer import RingBuffer
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "centralize_kernel",
     "check_options",
     "checked",
+    "marked_options",
     "options_of",
 ]

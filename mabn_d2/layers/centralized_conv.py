@@ -83,8 +83,7 @@ class CentralizedKernel:
 
     def _start_centralization(self) -> None:
         """Adds to a convolution what the mixin needs."""
-        mean = torch.zeros(self.out_channels, 1, 1, 1).to(self.weight)
-        self.register_buffer("kernel_mean", mean)
+        self.register_buffer("kernel_mean", self.weight.new_zeros(self.out_channels, 1, 1, 1))
         self.centralized = can_be_centralized(self)
 
     def centralized_weight(self) -> torch.Tensor:

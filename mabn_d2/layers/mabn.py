@@ -22,8 +22,9 @@ from .norm import Norm2d
 from .norm_batch import NormBatches
 from .options import (
     AtLeastOne,
+    BatchesOf32Images,
     Fraction,
-    NonNegativeInteger,
+    IterationCount,
     PositiveInteger,
     PositiveNumber,
     checked,
@@ -120,10 +121,10 @@ class MABN2d(Norm2d):
         num_features: PositiveInteger,
         eps: PositiveNumber = 1e-5,
         momentum: Fraction = 0.02,
-        buffer_size: PositiveInteger = 16,
-        warmup_iters: NonNegativeInteger = 100,
+        buffer_size: BatchesOf32Images = 16,
+        warmup_iters: IterationCount = 100,
         renorm_clip: AtLeastOne = 5.0,
-        renorm_start_iter: NonNegativeInteger = 1000,
+        renorm_start_iter: IterationCount = 1000,
         affine: bool = True,
         device=None,
         dtype=None,
@@ -178,7 +179,7 @@ class MABN2d(Norm2d):
         ring = self.second_moment
         return mabn_forward_factors(
             second_moment, ring.values, ring.count, self.running_var, self._float(self.weight),
-            self._average_start_iter, self.renorm_start_iter if self.renormalize else None,
+            self.average_start_iter, self.renorm_start_iter if self.renormalize else None,
             self.renorm_clip, self.momentum, self.eps,
         )  # fmt: skip
 
@@ -187,7 +188,7 @@ class MABN2d(Norm2d):
         self.running_var.copy_(var + (mean - self.running_mean).square())
 
     @property
-    def _average_start_iter(self) -> int:
+    def average_start_iter(self) -> int:
         """The last iteration with χ̄² = χ²_B and ψ̄ = ψ_B."""
         # The release compares with `t <= m or t < warmup_iters`, t counted from 1.
         return max(self.psi.size, self.warmup_iters - 1)
@@ -197,7 +198,7 @@ class MABN2d(Norm2d):
         if self.grad_scaler is not None:  # `scale` does not wait for the device
             one = constant(torch.ones, (), dtype=self.running_var.dtype, device=x.device)
             loss_scale = self.grad_scaler.scale(one)
-        psi = loss_scale, self.psi.values, self.psi.count, self._average_start_iter
+        psi = loss_scale, self.psi.values, self.psi.count, self.average_start_iter
         return _MABNFunction.apply(
             x, self._float(self.weight), self._float(self.bias), self.running_mean, statistics, psi,
             self.norm_batch_size,

@@ -10,7 +10,7 @@ from .norm_batch import NormBatches
 from .ring_buffer import Statistics
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether autograd is running a backward pass in this thread."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -63,7 +63,7 @@ class Norm2d(Statistics):
         if not self.training or self.frozen or x.numel() == 0:
             return self._affine_map(x)
         # Activation checkpointing runs the forward a second time.
-        if self._last_statistics is None or not _in_backward():
+        if self._last_statistics is None or not in_backward():
             batches = NormBatches(x.shape, self.norm_batch_size)
             self._last_statistics = self._update_statistics(x, batches)
         return self._normalize(x, self._last_statistics)

@@ -25,6 +25,16 @@ class Accepted(NamedTuple):
     test: Callable[[Any], bool]
 
 
+class CountsIterations:
+    """Of an option that grows as the schedule does, when fewer workers take more iterations."""
+
+
+class SpansImages(NamedTuple):
+    """Of an option that counts batches: a config's 0 stands for as many as hold so many images."""
+
+    images: int
+
+
 def is_integer(value) -> bool:
     """Whether the value is an integer, which neither 2.0 nor True is."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
@@ -59,12 +69,18 @@ Fraction = Annotated[
 AtLeastOne = Annotated[
     float, Accepted("a number of at least 1", lambda value: is_number(value) and value >= 1)
 ]
+IterationCount = Annotated[NonNegativeInteger, CountsIterations()]
 Schedule = Annotated[
-    tuple[int, int], Accepted("two iterations (start, end), 0 <= start <= end", _is_schedule)
+    tuple[int, int],
+    Accepted("two iterations (start, end), 0 <= start <= end", _is_schedule),
+    CountsIterations(),
 ]
+BatchesOf32Images = Annotated[PositiveInteger, SpansImages(32)]
 
 # Arguments that every norm may take and that are not options of a config.
 _NOT_OPTIONS = ("self", "num_features", "affine", "device", "dtype")
+# What a config can hold.
+_PLAIN = (bool, int, float, str, tuple, list, type(None))
 
 
 def options_of(norm: Callable) -> dict[str, Any]:
@@ -75,23 +91,32 @@ def options_of(norm: Callable) -> dict[str, Any]:
         norm: a class, or a function that makes a norm.
 
     Returns:
-        name of each keyword argument with a default -> the default.
+        name of each keyword argument with a default that a config can hold -> the default.
     """
     parameters = inspect.signature(norm).parameters.values()
     return {
         parameter.name: parameter.default
         for parameter in parameters
-        if parameter.name not in _NOT_OPTIONS and parameter.default is not parameter.empty
+        if parameter.name not in _NOT_OPTIONS and isinstance(parameter.default, _PLAIN)
     }
 
 
-def _accepted(function: Callable) -> dict[str, Accepted]:
+def marked_options(norm: Callable, mark: type) -> dict[str, Any]:
+    """
+    Args:
+        norm: a class, or a function that makes a norm.
+        mark: a class of this module whose instances stand in annotations.
+
+    Returns:
+        name of each argument whose annotation holds a mark of this class -> that mark.
+    """
+    function = norm.__init__ if inspect.isclass(norm) else norm
     hints = typing.get_type_hints(function, include_extras=True)
     return {
-        name: accepted
+        name: found
         for name, hint in hints.items()
-        for accepted in getattr(hint, "__metadata__", ())
-        if isinstance(accepted, Accepted)
+        for found in getattr(hint, "__metadata__", ())
+        if isinstance(found, mark)
     }
 
 
@@ -107,7 +132,7 @@ def check_options(
     Raises:
         ValueError: an option is not what its annotation accepts. The message is one line.
     """
-    accepted = _accepted(norm.__init__ if inspect.isclass(norm) else norm)
+    accepted = marked_options(norm, Accepted)
     for option, value in options.items():
         if option in accepted and not accepted[option].test(value):
             raise ValueError(f"{describe(option)} must be {accepted[option].words}, got {value!r}")

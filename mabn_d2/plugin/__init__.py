@@ -10,15 +10,18 @@ from .registry import (
     check_norm_names,
     norm_options,
 )
+from .scaling import check_batch, scaling_notice
 
 __all__ = [
     "DETECTRON2_NORMS",
     "NORM_REGISTRY",
     "add_mabn_config",
+    "check_batch",
     "check_norm_name",
     "check_norm_names",
     "install",
     "load_config",
     "norm_options",
+    "scaling_notice",
     "uninstall",
 ]

@@ -18,14 +18,17 @@ import detectron2.config
 import detectron2.layers
 import detectron2.modeling
 import detectron2.solver.build
+import yacs.config
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer
+from detectron2.engine import AMPTrainer, DefaultTrainer
 from detectron2.layers import CycleBatchNormList, DeformConv, ModulatedDeformConv
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.roi_heads import ROIHeads
+from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 from torch import nn
 
-from ..layers import CenConv2d, CentralizedKernel
+from ..layers import CenConv2d, CentralizedKernel, marked_options
+from ..layers.options import Accepted
 from ..surgery import (
     CENTRALIZED_CLASSES,
     centralize,
@@ -34,14 +37,17 @@ from ..surgery import (
     set_norm_batch_size,
 )
 from ..training import follow_grad_scaler
+from ..training.double_forward import second_forward_contexts
+from .config import add_mabn_config
 from .registry import (
-    DETECTRON2_NORMS,
     check_norm_name,
-    create_norm,
+    is_registered_norm,
+    norm_factory,
     norm_options,
-    norm_types,
+    option_of_key,
     options_of_model,
 )
+from .scaling import scale_config
 
 logger = logging.getLogger(__name__)
 # Over how many feature levels the head under construction is shared; 0 outside of such a head.
@@ -68,15 +74,48 @@ CENTRALIZED_CLASSES.update(
 def _extend_get_norm(original: Callable) -> Callable:
     @functools.wraps(original)
     def get_norm(norm, out_channels):
-        if not isinstance(norm, str) or norm == "" or norm in DETECTRON2_NORMS:
-            return original(norm, out_channels)
         check_norm_name(norm, "The norm")
+        create = norm_factory(norm)
+        if create is None:
+            return original(norm, out_channels)
         if _num_levels.get():
-            create = functools.partial(create_norm, norm)
             return CycleBatchNormList(_num_levels.get(), create, num_features=out_channels)
-        return create_norm(norm, out_channels)
+        return create(num_features=out_channels)
 
     return get_norm
+
+
+def _extend_get_cfg(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def get_cfg() -> CfgNode:
+        cfg = original()
+        add_mabn_config(cfg)
+        return cfg
+
+    return get_cfg
+
+
+def _leave_ranges_to_norm_options(original: Callable) -> Callable:
+    """
+    For yacs' check of a value that is merged, which refuses the integer 3 where a float stands.
+
+    An option that declares what it accepts is checked by :func:`norm_options`, which says it.
+    """
+
+    @functools.wraps(original)
+    def check_and_coerce(replacement, value, key, full_key):
+        found = option_of_key(full_key)
+        if found is None:
+            return original(replacement, value, key, full_key)
+        if isinstance(value, float) and type(replacement) is int:
+            return float(replacement)
+        if isinstance(value, tuple) and isinstance(replacement, list):
+            return tuple(replacement)
+        norm, option = found
+        has_range = option in marked_options(norm, Accepted)
+        return replacement if has_range else original(replacement, value, key, full_key)
+
+    return check_and_coerce
 
 
 def _centralize_what_is_built(original: Callable) -> Callable:
@@ -140,6 +179,16 @@ def _centralize_in_constructor(original: Callable) -> Callable:
     return init
 
 
+def _scale_norms_too(original: Callable) -> Callable:
+    """For `DefaultTrainer.auto_scale_workers`, which scales the schedule to the number of workers."""
+
+    @functools.wraps(original)
+    def auto_scale_workers(cfg, num_workers):
+        return scale_config(cfg, num_workers, original)
+
+    return auto_scale_workers
+
+
 def _announce_grad_scaler(original: Callable) -> Callable:
     """For the constructor of `AMPTrainer`."""
 
@@ -153,7 +202,7 @@ def _announce_grad_scaler(original: Callable) -> Callable:
 
 def _decay_like_other_norms(original: Callable) -> Callable:
     """
-    For `get_default_optimizer_params`, which knows a norm by its type and does not know ours.
+    For `get_default_optimizer_params`, which knows Detectron2's norms by their types.
     """
 
     @functools.wraps(original)
@@ -171,9 +220,9 @@ def _decay_like_other_norms(original: Callable) -> Callable:
         ours = {
             parameter
             for module in given.arguments["model"].modules()
-            if isinstance(module, tuple(norm_types))
-            for name, parameter in module.named_parameters(recurse=False)
-            if name not in decayed_by_name
+            if is_registered_norm(module)
+            for name, parameter in module.named_parameters()
+            if name.split(".")[-1] not in decayed_by_name
         }
         return [part for group in groups for part in _split(group, ours, decay)]
 
@@ -191,6 +240,13 @@ def _split(group: dict[str, Any], norms: set, weight_decay: float) -> Iterator[d
             if is_norm:
                 part["weight_decay"] = weight_decay
             yield part
+
+
+@contextlib.contextmanager
+def _events_dropped() -> Iterator[None]:
+    """An event storage that nobody reads takes the place of the loop's."""
+    with EventStorage(get_event_storage().iter if has_event_storage() else 0):
+        yield
 
 
 @contextlib.contextmanager
@@ -212,7 +268,7 @@ def _replace_everywhere(old: Callable, new: Callable) -> None:
 
 
 _replaced_functions: dict[Callable, Callable] = {}
-_replaced_constructors: dict[type, Callable] = {}
+_replaced_methods: dict[tuple[type, str], Any] = {}
 
 
 def install() -> None:
@@ -222,7 +278,10 @@ def install() -> None:
     Called when the package is imported. Calling it again also reaches what was imported since.
     """
     if not _replaced_functions:
+        second_forward_contexts.append(_events_dropped)
         for original, extend in [
+            (detectron2.config.get_cfg, _extend_get_cfg),
+            (yacs.config._check_and_coerce_cfg_value_type, _leave_ranges_to_norm_options),
             (detectron2.layers.get_norm, _extend_get_norm),
             (detectron2.modeling.build_model, _centralize_what_is_built),
             (detectron2.modeling.build_backbone, _centralize_what_is_built),
@@ -233,15 +292,19 @@ def install() -> None:
             (detectron2.solver.build.get_default_optimizer_params, _decay_like_other_norms),
         ]:
             _replaced_functions[original] = extend(original)
-        for cls, extend in [
-            (detectron2.layers.Conv2d, _centralize_in_constructor),
-            (DeformConv, _centralize_in_constructor),
-            (ModulatedDeformConv, _centralize_in_constructor),
-            (RetinaNetHead, _share_over_levels),
-            (AMPTrainer, _announce_grad_scaler),
+        for cls, name, extend in [
+            (detectron2.layers.Conv2d, "__init__", _centralize_in_constructor),
+            (DeformConv, "__init__", _centralize_in_constructor),
+            (ModulatedDeformConv, "__init__", _centralize_in_constructor),
+            (RetinaNetHead, "__init__", _share_over_levels),
+            (AMPTrainer, "__init__", _announce_grad_scaler),
+            (DefaultTrainer, "auto_scale_workers", _scale_norms_too),
         ]:
-            _replaced_constructors[cls] = cls.__init__
-            cls.__init__ = extend(cls.__init__)
+            method = inspect.getattr_static(cls, name)
+            _replaced_methods[cls, name] = method
+            is_static = isinstance(method, staticmethod)
+            extended = extend(getattr(cls, name))
+            setattr(cls, name, staticmethod(extended) if is_static else extended)
     for original, replacement in _replaced_functions.items():
         _replace_everywhere(original, replacement)
 
@@ -250,7 +313,9 @@ def uninstall() -> None:
     """Gives Detectron2 its own functions back. Models built before stay as they are."""
     for original, replacement in _replaced_functions.items():
         _replace_everywhere(replacement, original)
-    for cls, constructor in _replaced_constructors.items():
-        cls.__init__ = constructor
+    for (cls, name), method in _replaced_methods.items():
+        setattr(cls, name, method)
+    if _replaced_functions:
+        second_forward_contexts.remove(_events_dropped)
     _replaced_functions.clear()
-    _replaced_constructors.clear()
+    _replaced_methods.clear()

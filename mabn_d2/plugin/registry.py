@@ -1,19 +1,25 @@
 """The norms by name, and their options."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils import comm
 from fvcore.common.registry import Registry
 from torch import nn
 
-from ..layers import BRN2d, MABN2d, MBN2d, check_options, options_of
+from ..layers import BRN2d, MABN2d, MBN2d, check_options, marked_options, options_of
+from ..layers.options import Accepted, SpansImages, is_integer
 
 # The names that Detectron2's own `get_norm` knows.
 DETECTRON2_NORMS = (
     "BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N"
 )  # fmt: skip
+# The keys of `cfg.MODEL` that are not the options of a norm.
+_MODEL_KEYS = frozenset([*get_cfg().MODEL, "NORM_BATCH_SIZE"])
 
 
 class NormRegistry(Registry):
@@ -33,13 +39,15 @@ class NormRegistry(Registry):
             name: by default that of the class or function.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: a norm or a key of `cfg.MODEL` has the name.
         """
         if norm is None:
-            return lambda norm: self.register(norm, name=name)
+            return functools.partial(self.register, name=name)
         name = name or norm.__name__
         if name in self or name in DETECTRON2_NORMS:
             raise ValueError(f"A norm of the name {name!r} exists")
+        if name in _MODEL_KEYS:
+            raise ValueError(f"A norm cannot have the name {name!r}, as MODEL.{name} exists")
         self._do_register(name, norm)
         return norm
 
@@ -54,23 +62,52 @@ options_of_model: ContextVar[dict[str, dict[str, Any]] | None] = ContextVar(
     "options_of_model", default=None
 )
 
-# What registered norms are: told by the norms that were made.
-norm_types: set[type] = {MABN2d, BRN2d, MBN2d}
 
-
-def create_norm(name: str, num_features: int, **overrides) -> nn.Module:
+def registered(norm: Any) -> Callable[..., nn.Module] | None:
     """
-    A registered norm with the options of the model under construction.
+    The registered class or function behind the value of a `NORM` key.
 
     Args:
-        name: in the registry.
-        num_features: channels.
-        overrides: keyword arguments of the norm.
+        norm: a name; or, in a LazyConfig, the class or function or a `functools.partial` of it.
+
+    Returns:
+        None if it is not in the registry.
     """
-    options = (options_of_model.get() or {}).get(name, {})
-    norm = NORM_REGISTRY.get(name)(num_features=num_features, **{**options, **overrides})
-    norm_types.add(type(norm))
-    return norm
+    if isinstance(norm, str):
+        return NORM_REGISTRY.get(norm) if norm in NORM_REGISTRY else None
+    function = norm.func if isinstance(norm, functools.partial) else norm
+    return function if any(function is known for _, known in NORM_REGISTRY) else None
+
+
+def norm_factory(norm: Any) -> Callable[..., nn.Module] | None:
+    """
+    Args:
+        norm: as of :func:`registered`.
+
+    Returns:
+        a function (num_features, **arguments) that makes the norm, one given by its name with the
+        options of the model under construction; None if the norm is not in the registry.
+    """
+    create = registered(norm)
+    if create is None:
+        return None
+    if isinstance(norm, str):
+        create = functools.partial(create, **(options_of_model.get() or {}).get(norm, {}))
+    else:
+        create = norm
+
+    def create_norm(num_features: int, **arguments) -> nn.Module:
+        created = create(num_features=num_features, **arguments)
+        created.is_registered_norm = True
+        return created
+
+    return create_norm
+
+
+def is_registered_norm(module: nn.Module) -> bool:
+    """Whether the module is of a registered class, or was made by a registered function."""
+    classes = tuple(norm for _, norm in NORM_REGISTRY if inspect.isclass(norm))
+    return isinstance(module, classes) or getattr(module, "is_registered_norm", False)
 
 
 def norm_options(cfg: CfgNode) -> dict[str, dict[str, Any]]:
@@ -82,25 +119,58 @@ def norm_options(cfg: CfgNode) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: a value is out of its range; the message names the key.
     """
+    size = cfg.MODEL.get("NORM_BATCH_SIZE", 0)
+    if not is_integer(size) or size < 0:
+        raise ValueError(f"MODEL.NORM_BATCH_SIZE must be a non-negative integer, got {size!r}")
     options = {}
     for name, norm in NORM_REGISTRY:
         node = cfg.MODEL.get(name, {})
         options[name] = {key: node[key.upper()] for key in options_of(norm) if key.upper() in node}
+        accepted = marked_options(norm, Accepted)
+        for option, spans in marked_options(norm, SpansImages).items():
+            value = options[name].get(option)
+            if is_integer(value) and value == 0:
+                options[name][option] = max(1, round(spans.images / _images_per_norm(cfg)))
+            elif option in options[name] and not accepted[option].test(value):
+                raise ValueError(
+                    f"MODEL.{name}.{option.upper()} must be {accepted[option].words}, or 0 for "
+                    f"{spans.images} / images per worker, got {value!r}"
+                )
         prefix = f"MODEL.{name}."
         check_options(norm, options[name], lambda option: prefix + option.upper())
-    size = cfg.MODEL.get("NORM_BATCH_SIZE", 0)
-    if size < 0:
-        raise ValueError(f"MODEL.NORM_BATCH_SIZE must be a non-negative integer, got {size}")
     return options
 
 
-def check_norm_name(norm: str, key: str) -> None:
+def option_of_key(key: str) -> tuple[Callable, str] | None:
+    """The registered norm and its option behind a key like "MODEL.MABN.EPS"; None for other keys."""
+    node, _, option = key.rpartition(".")
+    for name, norm in NORM_REGISTRY:
+        if node == f"MODEL.{name}" and option.lower() in options_of(norm):
+            return norm, option.lower()
+    return None
+
+
+def _images_per_norm(cfg: CfgNode) -> int:
+    """How many images a norm in a worker sees at a time."""
+    solver = cfg.SOLVER
+    images = max(1, solver.IMS_PER_BATCH // (solver.REFERENCE_WORLD_SIZE or comm.get_world_size()))
+    return min(images, cfg.MODEL.get("NORM_BATCH_SIZE", 0) or images)
+
+
+def check_norm_name(norm: Any, key: str) -> None:
     """
+    Args:
+        norm: the value of a `NORM` key. What is neither a name nor a `functools.partial` passes.
+        key: of the config, for the message.
+
     Raises:
-        ValueError: neither the registry nor Detectron2 knows the norm; the message begins with the
-            key of the config, `key`.
+        ValueError: neither the registry nor Detectron2 knows the name, or an argument of the
+            `functools.partial` is out of its range.
     """
-    if norm and norm not in NORM_REGISTRY and norm not in DETECTRON2_NORMS:
+    if isinstance(norm, functools.partial) and registered(norm) is not None:
+        check_options(norm.func, norm.keywords, lambda option: f"{key}: {option}")
+    is_known = not isinstance(norm, str) or norm == "" or norm in DETECTRON2_NORMS
+    if not is_known and norm not in NORM_REGISTRY:
         known = [*(name for name, _ in NORM_REGISTRY), *DETECTRON2_NORMS]
         raise ValueError(f"{key} must be one of {', '.join(known)}, or '', got {norm!r}")
 
@@ -110,5 +180,5 @@ def check_norm_names(cfg: CfgNode, prefix: str = "") -> None:
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
             check_norm_names(value, f"{prefix}{key}.")
-        elif key == "NORM" and isinstance(value, str):
+        elif key == "NORM":
             check_norm_name(value, prefix + key)

@@ -29,5 +29,12 @@ def new_figure(width: float, height: float, **options):
 
 
 def save(figure, picture: str) -> None:
+    """
+    Raises:
+        ValueError: the name does not end in .png or .svg.
+    """
+    kind = os.path.splitext(os.fspath(picture))[1]
+    if kind not in (".png", ".svg"):
+        raise ValueError(f"{picture} must end in .png or .svg")
     with atomic_write(os.fspath(picture)) as f:
-        figure.savefig(f, format="png", dpi=DPI)
+        figure.savefig(f, format=kind[1:], dpi=DPI)

@@ -2,22 +2,16 @@
 
 import os
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
-from ..plugin.config import add_mabn_config
+from ..plugin.config import load_config
 
 
 def read_config(output_dir: str) -> CfgNode:
     path = os.path.join(output_dir, "config.yaml")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing: it is written when training starts")
-    cfg = get_cfg()
-    add_mabn_config(cfg)
-    try:
-        cfg.merge_from_file(path)
-    except Exception as e:  # of many types: wrong syntax, unknown keys, values of another type
-        raise ValueError(f"{path} is not the config of a run: {e}") from e
-    return cfg
+    return load_config(path)
 
 
 def describe_model(cfg: CfgNode) -> str:

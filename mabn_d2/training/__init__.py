@@ -4,11 +4,13 @@ from .averaging import average_norm_statistics, norm_statistics
 from .double_forward import DoubleForward
 from .grad_scaler import follow_grad_scaler
 from .population import population_statistics
+from .recording import no_recording
 
 __all__ = [
     "DoubleForward",
     "average_norm_statistics",
     "follow_grad_scaler",
+    "no_recording",
     "norm_statistics",
     "population_statistics",
 ]

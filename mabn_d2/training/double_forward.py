@@ -6,14 +6,22 @@ https://arxiv.org/abs/2010.04947
 """
 
 import contextlib
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from ..layers.mbn import MBN2d
-from ..utils.random import random_state, set_random_state
+from ..utils.random import keep_random_state, random_state, set_random_state
+from .recording import no_recording
+
+# What the second forward runs in, so that nothing outside of the model hears of a mini-batch twice.
+# `mabn_d2.plugin` adds an event storage of Detectron2.
+second_forward_contexts: list[Callable[[], AbstractContextManager]] = []
 
 
 class _Call(NamedTuple):
@@ -36,7 +44,8 @@ class DoubleForward:
 
     Nothing but the memories changes: all other buffers (BN's running statistics, MABN's moving
     averages), what a module keeps in its attributes, and the random number generators are put
-    back. Under `DistributedDataParallel` wrap the inner model; no worker waits for another.
+    back, and what the model logs to Detectron2's event storage is dropped. The loop may change its
+    inputs in place: they are copied. Under `DistributedDataParallel` wrap the inner model; no worker waits for another.
 
     Example:
         double_forward = DoubleForward(model)
@@ -50,7 +59,9 @@ class DoubleForward:
     def __init__(self, model: nn.Module):
         """
         Args:
-            model: called once per mini-batch, in training mode and with gradients enabled.
+            model: called once per mini-batch, in training mode and with gradients enabled. Its
+                arguments are copied, so they must be tensors, containers of them or what
+                `copy.deepcopy` takes.
         """
         self.model = model
         self._calls: list[_Call] = []
@@ -67,6 +78,7 @@ class DoubleForward:
             return
         if not self._calls:
             self._memories = [(buffer, buffer.clone()) for buffer in self._memory_buffers()]
+        args, kwargs = tree_map(_copied, (args, kwargs))
         self._calls.append(_Call(args, kwargs, random_state(), _autocast()))
 
     def _memory_buffers(self) -> Iterator[torch.Tensor]:
@@ -82,35 +94,37 @@ class DoubleForward:
             return
         for buffer, before in self._memories:
             buffer.copy_(before)
-        now = random_state()
-        with _unchanged(self.model, list(self._memory_buffers())):
-            try:
-                for call in calls:
-                    set_random_state(call.random_state)
-                    with contextlib.ExitStack() as stack:
-                        for autocast in call.autocast:
-                            stack.enter_context(autocast)
-                        self.model.forward(*call.args, **call.kwargs)
-            finally:
-                set_random_state(now)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(keep_random_state())
+            stack.enter_context(_attributes_kept(self.model))
+            stack.enter_context(no_recording(self.model, but=self._memory_buffers()))
+            for context in second_forward_contexts:
+                stack.enter_context(context())
+            for call in calls:
+                set_random_state(call.random_state)
+                with contextlib.ExitStack() as autocast:
+                    for context in call.autocast:
+                        autocast.enter_context(context)
+                    self.model.forward(*call.args, **call.kwargs)
+
+
+def _copied(argument: Any) -> Any:
+    """An argument of the model that does not change with the loop's."""
+    if isinstance(argument, torch.Tensor):
+        return argument.detach().clone()
+    return copy.deepcopy(argument)
 
 
 @contextlib.contextmanager
-def _unchanged(model: nn.Module, but: list[torch.Tensor]) -> Iterator[None]:
-    """Puts the attributes and buffers of all modules back at the end, with the exception of `but`."""
-    changing = {id(buffer) for buffer in but}
-    buffers = [buffer for buffer in model.buffers() if id(buffer) not in changing]
-    copies = [buffer.clone() for buffer in buffers]
-    attributes = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Puts the attributes of all modules back at the end."""
+    attributes = [(module, dict(module.__dict__)) for module in model.modules()]
     try:
         yield
     finally:
-        for module, before, buffers_before in attributes:
+        for module, before in attributes:
             module.__dict__.clear()
             module.__dict__.update(before)
-            module._buffers.update(buffers_before)
-        for buffer, copy in zip(buffers, copies):
-            buffer.copy_(copy)
 
 
 def _autocast() -> tuple[torch.autocast, ...]:

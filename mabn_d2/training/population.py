@@ -5,25 +5,28 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..layers.norm import Norm2d
 from ..ops import channel_mean_var
+from .recording import no_recording
 
 
 class _PopulationMoments:
     """Mean and variance of everything that a norm has seen, combined batch by batch in float64."""
 
-    def __init__(self, norm: Norm2d):
+    def __init__(self, norm: nn.Module):
         self.count = 0
         self.mean = torch.zeros_like(norm.running_var, dtype=torch.float64)
         self.var = torch.zeros_like(self.mean)
 
-    def __call__(self, norm: Norm2d, args) -> None:
+    def __call__(self, norm: nn.Module, args) -> None:
         (x,) = args
         count = x.numel() // norm.num_features
         if count == 0:
             return
-        mean, var = channel_mean_var(x.detach(), norm.running_var.dtype)
+        dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
+        mean, var = channel_mean_var(x.detach(), dtype)
         share = count / (self.count + count)
         difference = mean - self.mean
         self.var += share * (var - self.var + (1 - share) * difference.square())
@@ -31,32 +34,41 @@ class _PopulationMoments:
         self.count += count
 
 
+def _gathers_statistics(module: nn.Module) -> bool:
+    """Whether a forward pass would move running statistics of the module."""
+    if not isinstance(module, (Norm2d, _BatchNorm)) or module.running_var is None:
+        return False
+    return module.training and not getattr(module, "frozen", False)
+
+
 @contextlib.contextmanager
 @torch.no_grad()
 def population_statistics(model: nn.Module) -> Iterator[None]:
     """
-    Estimates the running statistics of every :class:`Norm2d` from the batches that are run in the block.
+    Estimates the running statistics of all norms, PyTorch's BN too, from the batches that are run in the block.
 
     Inside, the model runs in training mode with fixed weights. On leaving, the running statistics
-    of a layer are the moments of everything that it has seen, and its other state is what it was.
-    This is for our norms what `fvcore.nn.precise_bn` is for BN. Frozen layers are left alone.
+    of a layer are the moments of everything that it has seen, and all other buffers of the model are
+    what they were. An empty input counts for nothing, and a layer that has seen no other keeps
+    its statistics, as frozen layers and those in evaluation do. Several workers estimate each
+    their own; see :func:`average_norm_statistics`.
+
+    Raises:
+        whatever the block raises; nothing has changed then.
     """
-    norms = [m for m in model.modules() if isinstance(m, Norm2d) and m.training and not m.frozen]
-    states = [{key: value.clone() for key, value in norm.state_dict().items()} for norm in norms]
+    norms = [module for module in model.modules() if _gathers_statistics(module)]
     moments = [_PopulationMoments(norm) for norm in norms]
-    handles = []
-    for norm, moment in zip(norms, moments):
-        handles.append(norm.register_forward_pre_hook(moment))
-        norm.renormalize = False
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(no_recording(model))
+        for norm, moment in zip(norms, moments):
+            stack.callback(norm.register_forward_pre_hook(moment).remove)
+            if isinstance(norm, Norm2d):
+                norm.renormalize = False
+                stack.callback(delattr, norm, "renormalize")
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for norm, state in zip(norms, states):
-            norm.load_state_dict(state)
-            del norm.renormalize
     for norm, moment in zip(norms, moments):
-        if not moment.count:
-            continue
-        norm.set_population_statistics(moment.mean, moment.var)
+        if moment.count and isinstance(norm, Norm2d):
+            norm.set_population_statistics(moment.mean, moment.var)
+        elif moment.count:
+            norm.running_mean.copy_(moment.mean)
+            norm.running_var.copy_(moment.var)

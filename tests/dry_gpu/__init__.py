@@ -17,14 +17,17 @@ from .recording import Event, Frame, Log, record
 __all__ = ["Event", "Frame", "Log", "compute", "is_active", "record"]
 
 
-def compute():
+def compute(maps: bool = True):
     """
     A block in which the results of operators on the dry GPU are right: the CPU's. Blocks may be nested.
+
+    Args:
+        maps: False leaves operators out where a tensor of more than three dimensions takes part.
 
     See :class:`tests.dry_gpu.computing.Compute`.
     """
     from . import (
-        computing,  # imports PyTorch, which a process that only starts another does not need
-    )
+        computing,
+    )  # imports PyTorch, which a process that only starts another does not need
 
-    return computing.compute()
+    return computing.compute(maps)

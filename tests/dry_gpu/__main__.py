@@ -1,11 +1,12 @@
 """
 Starts a program on the dry GPU.
 
-    python -m tests.dry_gpu run [--compute] SCRIPT [ARGS]
-    python -m tests.dry_gpu run [--compute] -m MODULE [ARGS]
+    python -m tests.dry_gpu run [--compute | --compute-no-maps] SCRIPT [ARGS]
+    python -m tests.dry_gpu run [--compute | --compute-no-maps] -m MODULE [ARGS]
     python -m tests.dry_gpu test [PYTEST'S OPTIONS]
 
-With --compute the operators' results are computed on the CPU. `test` runs this folder's tests; where there can
+With --compute the operators' results are computed on the CPU, with --compute-no-maps only those on tensors of
+at most three dimensions: a detector then costs little, and chooses among its boxes all the same. `test` runs this folder's tests; where there can
 be no dry GPU it says so and skips them, but fails if the environment has CI=true.
 """
 
@@ -20,6 +21,7 @@ from . import compute
 from .library import HERE, PATH_VARIABLE, Unavailable, build, set_answers
 
 ROOT = HERE.parents[1]
+_COMPUTE = ("--compute", "--compute-no-maps")
 
 
 def run(arguments: list[str]) -> NoReturn:
@@ -46,8 +48,8 @@ def run_here(arguments: list[str]) -> None:
     """Runs a script or module in this process, which is on the dry GPU."""
     set_answers(True)
     results = contextlib.nullcontext()
-    if arguments[0] == "--compute":
-        results, arguments = compute(), arguments[1:]
+    if arguments[0] in _COMPUTE:
+        results, arguments = compute(maps=arguments[0] == "--compute"), arguments[1:]
     with results:
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
@@ -74,7 +76,7 @@ def main(arguments: list[str]) -> None:
         test(rest)
     elif command == "child":
         run_here(rest)
-    elif command == "run" and rest[-1:] not in ([], ["--compute"], ["-m"]):
+    elif command == "run" and rest[-1:] not in ([], ["-m"], *([flag] for flag in _COMPUTE)):
         try:
             run(rest)
         except Unavailable as reason:

@@ -7,6 +7,7 @@ recorded and not run, and on CPU tensors over the same memory. The results are t
 
 import contextlib
 import ctypes
+import mmap
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -34,10 +35,10 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _IN_FLOAT32 = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm"}
 
 
-def compute():
+def compute(maps: bool = True):
     """A :class:`Compute`; nothing where one is active in this thread, a second would add twice in place."""
     active = any(isinstance(mode, Compute) for mode in _get_current_dispatch_mode_stack())
-    return contextlib.nullcontext() if active else Compute()
+    return contextlib.nullcontext() if active else Compute(maps)
 
 
 def host_view(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,10 +58,15 @@ class Compute(TorchDispatchMode):
 
     Random operators follow the seed and offset of the CUDA generator, but are not the GPU's. An operator
     that the CPU does not have keeps an undefined result, with one warning that names it.
+
+    Without `maps`, nothing is computed where a tensor of more than three dimensions takes part: what such
+    an operator returns is zero, and takes no memory of the host. A detector then still chooses among its
+    boxes, at the size of real training.
     """
 
-    def __init__(self):
+    def __init__(self, maps: bool = True):
         super().__init__()
+        self._maps = maps
         self._warned = set()
 
     def __enter__(self):
@@ -95,6 +101,10 @@ class Compute(TorchDispatchMode):
             out = func(*args, **kwargs)
         finally:
             set_answers(True)
+        if not self._maps and any(_is_map(value) for value in tree_flatten((args, kwargs, out))[0]):
+            if not _is_in_place(func):
+                tree_map(_clear, out)
+            return out
         return self._with_results(func, name, args, kwargs, out, seed)
 
     def _with_results(self, func, name, args, kwargs, out, seed):
@@ -128,6 +138,28 @@ def _filled(out, results):
     if out.numel():
         (host_view(out) if out.is_cuda else out).copy_(results)
     return out
+
+
+def _is_map(value: Any) -> bool:
+    return _is_cuda(value) and value.dim() > 3
+
+
+def _clear(value: Any) -> None:
+    """Gives the pages of a tensor on the dry GPU back to the system: they read as zeros."""
+    if not _is_cuda(value):
+        return
+    start, size = value.untyped_storage().data_ptr(), value.untyped_storage().nbytes()
+    end, page = start + size, mmap.PAGESIZE
+    first, last = min(-(-start // page) * page, end), max(end // page * page, start)
+    if first < last:
+        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+    else:
+        first = last = end
+    ctypes.memset(start, 0, first - start)
+    ctypes.memset(last, 0, end - last)
+
+
+_libc = ctypes.CDLL(None)
 
 
 def _is_cuda(value: Any) -> bool:
@@ -167,7 +199,7 @@ def _counts(name: str, args) -> Sequence[int]:
     elif name == "masked_select":
         masks = [args[1]]
     elif name == "repeat_interleave" and _is_cuda(args[0]):
-        return [1, int(host_view(args[0]).sum())]  # none is negative
+        return [int(host_view(args[0]).sum()), 1]  # none is negative
     else:
         return ()
     return [int(host_view(mask).count_nonzero()) for mask in masks if _is_cuda(mask)]

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from . import compute, record
+from .computing import host_view
 from .conditions import CHANNELS
 
 triton = pytest.importorskip("triton")
@@ -66,8 +67,17 @@ def test_results_are_computed_on_request():
         y = nn.functional.conv2d(x.cuda(), kernel.cuda()).relu()
         selected = y[y > 1]
         assert selected.is_cuda and len(selected) == (y > 1).sum().item()
+        repeated = torch.tensor([7], device="cuda").repeat_interleave(torch.tensor([512]).cuda())
+        assert repeated.tolist() == [7] * 512
         y = y.cpu()
     torch.testing.assert_close(y, nn.functional.conv2d(x, kernel).relu())
+
+
+def test_results_without_maps_leave_feature_maps_at_zero_and_take_no_memory_of_the_host():
+    with compute(maps=False):
+        x = torch.ones(1, 256, 64, 64, device="cuda")
+        boxes = torch.arange(4.0, device="cuda") + x.sum()
+        assert boxes.tolist() == [0, 1, 2, 3] and not host_view(x).any()
 
 
 def test_memory_is_counted_by_pytorchs_allocator():

@@ -1,7 +1,7 @@
 """
 Made the checkpoints and recorded.npz beside this file, with version 0.1.0.
 
-In a checkout of that version, with ../../version_0_1_0.py and this file added:
+In a checkout of that version, with ../../helpers/version_0_1_0.py and this file added:
 
     OMP_NUM_THREADS=1 PYTHONPATH=. python tests/data/v0.1.0/make.py OUTPUT
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.version_0_1_0 import (
+from tests.helpers.version_0_1_0 import (
     CHECKPOINT,
     CHECKPOINT_ITERS,
     RUNS,

@@ -40,7 +40,7 @@ try:
 except ModuleNotFoundError:  # its place in version 0.1.0
     from mabn_d2.data.classification import ClassificationTrainLoader
 
-FOLDER = Path(__file__).parent / "data" / "v0.1.0"
+FOLDER = Path(__file__).parents[1] / "data" / "v0.1.0"
 NORMS = ("BN", "BRN", "MBN", "MABN")
 # A folder of FOLDER for each: detectors by their norm, and a classifier with MABN.
 RUNS = (*NORMS, "classifier")

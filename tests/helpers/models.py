@@ -7,6 +7,11 @@ from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 from omegaconf import DictConfig, ListConfig
 
+from mabn_d2.plugin import load_config
+from mabn_d2.training import norm_statistics
+
+from . import INSTANT
+
 SIZE = 64  # pixels of the images of a training step
 
 
@@ -84,3 +89,26 @@ def train_step(model, classes=(0, 2)):
         losses = model.train()(random_inputs(classes))
     sum(losses.values()).backward()
     return losses
+
+
+def small_cfg(norm="MABN", *options):
+    """Of a Mask R-CNN that has the norm everywhere."""
+    cfg = load_config(str(INSTANT))
+    for key in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        cfg.MODEL[key].NORM = norm
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.merge_from_list(list(options))
+    return cfg
+
+
+def statistics(model):
+    """Copies of all statistics of its norms."""
+    return [s.clone() for s in norm_statistics(model)]
+
+
+def decays(optimizer_or_groups, model):
+    """Weight decay by the name of the parameter."""
+    groups = getattr(optimizer_or_groups, "param_groups", optimizer_or_groups)
+    by_parameter = {p: g.get("weight_decay") for g in groups for p in g["params"]}
+    assert sum(len(g["params"]) for g in groups) == len(by_parameter)
+    return {name: by_parameter[p] for name, p in model.named_parameters() if p.requires_grad}
