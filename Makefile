@@ -1,33 +1,77 @@
-# Needs Python 3.10, make and a package registry; everything else goes to $(VENV).
-PYTHON ?= python3.10
-VENV := .venv
-RUN := $(VENV)/bin/python
+# Needs make, a package registry and Python. Everything else goes to the environment of a stack:
+# - newest: a Python from 3.11 up, a current PyTorch and Detectron2's Python code;
+# - compiled: Python 3.10, and Detectron2 with its operators.
+# `make`'s targets use the newest where such a Python is there, otherwise, or with STACK=compiled, the other.
+# Another Python: make PYTHON_NEWEST=/path/to/python, PYTHON_COMPILED=/path/to/python3.10.
+
+# The first of these Pythons that runs and can make environments. Under pyenv there is a command for every
+# version that is installed, which fails unless its version is chosen.
+find_python = $(shell for version in $(1); do PYENV_VERSION=$$version:system python$$version -c \
+	'import ensurepip, sys, venv; sys.version_info.minor < $(2) and sys.exit(1); print(sys.executable)' \
+	2>/dev/null && break; done)
+ifndef PYTHON_NEWEST
+PYTHON_NEWEST := $(call find_python,3.11 3.12 3.13 3.14 3,11)
+endif
+ifndef PYTHON_COMPILED
+PYTHON_COMPILED := $(call find_python,3.10,10)
+endif
+STACK ?= $(if $(PYTHON_NEWEST),newest,compiled)
+
+PYTHON_newest = $(PYTHON_NEWEST)
+PYTHON_compiled = $(PYTHON_COMPILED)
+NEEDS_newest := Python 3.11 or later: make PYTHON_NEWEST=/path/to/python
+NEEDS_compiled := Python 3.10: make PYTHON_COMPILED=/path/to/python3.10
+LOCK_newest := requirements-newest.lock
+LOCK_compiled := requirements.lock
+ENVIRONMENT_newest := .venv-newest
+ENVIRONMENT_compiled := .venv
+RUN = $(ENVIRONMENT_$(STACK))/bin/python
+PIP = -m pip install --quiet --disable-pip-version-check --no-deps
+# Tests of one file share what is slow to make, and stay in one process.
+PYTEST := -m pytest --numprocesses 2 --dist loadfile
 
 SHAPES_MABN := configs/quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn.yaml
 DEMO := output/shapes_mask_rcnn_R_18_FPN_mabn
 CLASSIFIER := output/fashion_mnist_resnet18_mabn_2
 TRANSFER := $(DEMO)_transfer
 
-# The newest stack: another Python and PyTorch, and Detectron2's Python code without its operators.
-PYTHON_NEWEST ?= python3.11
-NEWEST := .venv-newest
-RUN_NEWEST := $(NEWEST)/bin/python
+.PHONY: setup setup-newest setup-compiled demo transfer test test-newest test-compiled test-fast \
+	test-dry-gpu test-dry-gpu-newest test-dry-gpu-compiled lint format dist \
+	datasets/fashion-mnist clean
+.DELETE_ON_ERROR:
 
-PIP_OPTIONS := --quiet --disable-pip-version-check
+setup: setup-$(STACK)
 
-.PHONY: setup demo transfer test test-fast test-newest \
-	test-dry-gpu test-dry-gpu-compiled test-dry-gpu-newest datasets/fashion-mnist clean
+# What an environment holds stands in the names of two empty files in it, which are written last: of the
+# lock, whose change makes a new environment, and of the package's metadata, whose change installs it again.
+define environment
+LOCKED_$(1) := $(ENVIRONMENT_$(1))/.locked-$(firstword $(shell cksum $(LOCK_$(1))))
+INSTALLED_$(1) := $(ENVIRONMENT_$(1))/.installed-$(firstword $(shell cat setup.py pyproject.toml | cksum))
 
-setup: $(VENV)/.complete
+setup-$(1): $$(INSTALLED_$(1))
 
-# The lock file pins every package, so its change and nothing else makes a new environment.
-$(VENV)/.complete: requirements.lock setup.py
-	@$(PYTHON) -c "" || { echo "Needs Python 3.10: make PYTHON=/path/to/python3.10" >&2; exit 1; }
-	$(PYTHON) -m venv --clear $(VENV)
-	$(RUN) -m pip install $(PIP_OPTIONS) "setuptools<81" wheel
-	$(RUN) -m pip install $(PIP_OPTIONS) --no-deps -r requirements.lock
-	$(RUN) -m pip install $(PIP_OPTIONS) --no-deps --no-build-isolation -e .
-	touch $@
+$$(LOCKED_$(1)):
+	@test -n "$$(PYTHON_$(1))" || { echo "Needs $$(NEEDS_$(1))" >&2; exit 1; }
+	$$(PYTHON_$(1)) -m venv --clear $$(@D)
+	$$(@D)/bin/python $$(PIP) -r $$(LOCK_$(1))
+	$$(detectron2_$(1))
+	touch $$@
+
+$$(INSTALLED_$(1)): $$(LOCKED_$(1))
+	$$(@D)/bin/python $$(PIP) --no-build-isolation --editable .
+	rm -f $$(@D)/.installed-*
+	touch $$@
+endef
+
+# The compiled stack's wheel; its operators are for another Python and PyTorch.
+define detectron2_newest
+site=$$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+$(@D)/bin/python $(PIP) --target "$$site" --python-version 3.10 --only-binary=:all: \
+	$(shell grep ^sal-detectron2== $(LOCK_compiled)) && rm "$$site"/detectron2/_C*.so
+endef
+
+$(eval $(call environment,newest))
+$(eval $(call environment,compiled))
 
 # Without these, memory goes back to the system after each step and is asked for again in the next.
 demo transfer: export MALLOC_MMAP_MAX_ = 0
@@ -53,21 +97,33 @@ transfer: setup datasets/shapes datasets/fashion-mnist
 datasets/shapes: | setup
 	$(RUN) tools/make_synthetic_coco.py datasets --train 1000 --val 200
 
-test: setup
-	$(RUN) -m pytest
+test: test-$(STACK)
+
+test-newest test-compiled: test-%: setup-%
+	$(ENVIRONMENT_$*)/bin/python $(PYTEST)
 
 test-fast: setup
-	$(RUN) -m pytest -m "not slow"
-
-test-newest: $(NEWEST)/.complete
-	$(RUN_NEWEST) -m pytest -m "not slow"
+	$(RUN) $(PYTEST) -m "not slow"
 
 # The code for CUDA on a GPU that is not there, see tests/dry_gpu/README.md.
-test-dry-gpu: test-dry-gpu-compiled test-dry-gpu-newest
-test-dry-gpu-compiled: setup
-	$(RUN) -m tests.dry_gpu test
-test-dry-gpu-newest: $(NEWEST)/.complete
-	$(RUN_NEWEST) -m tests.dry_gpu test
+test-dry-gpu: test-dry-gpu-newest test-dry-gpu-compiled
+test-dry-gpu-newest test-dry-gpu-compiled: test-dry-gpu-%: setup-%
+	$(ENVIRONMENT_$*)/bin/python -m tests.dry_gpu test
+
+lint: setup-newest
+	$(ENVIRONMENT_newest)/bin/ruff check
+	$(ENVIRONMENT_newest)/bin/ruff format --check
+	$(ENVIRONMENT_newest)/bin/mypy
+
+format: setup-newest
+	$(ENVIRONMENT_newest)/bin/ruff check --fix
+	$(ENVIRONMENT_newest)/bin/ruff format
+
+# The wheel and the source distribution. The wheel is tried in an environment of its own.
+dist: setup-newest
+	rm -rf dist
+	$(ENVIRONMENT_newest)/bin/python -m build --no-isolation
+	$(ENVIRONMENT_newest)/bin/python .ci/try_wheel.py dist/*.whl
 
 # The four files of Fashion-MNIST, from Debian's package; nothing is installed. They appear together.
 datasets/fashion-mnist: datasets/FashionMNIST/raw
@@ -85,17 +141,5 @@ datasets/FashionMNIST/raw:
 	gunzip usr/share/datasets/fashion-mnist/*.gz; \
 	mkdir -p ../FashionMNIST; mv -T usr/share/datasets/fashion-mnist ../FashionMNIST/raw
 
-$(NEWEST)/.complete: requirements-newest.lock setup.py
-	@$(PYTHON_NEWEST) -c "" || \
-		{ echo "Needs Python 3.11: make test-newest PYTHON_NEWEST=/path/to/python3.11" >&2; exit 1; }
-	$(PYTHON_NEWEST) -m venv --clear $(NEWEST)
-	$(RUN_NEWEST) -m pip install $(PIP_OPTIONS) --no-deps -r requirements-newest.lock
-	site=$$($(RUN_NEWEST) -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
-	$(RUN_NEWEST) -m pip install $(PIP_OPTIONS) --no-deps --target "$$site" \
-		--python-version 3.10 --only-binary=:all: sal-detectron2==0.7.2 && \
-	rm "$$site"/detectron2/_C*.so
-	$(RUN_NEWEST) -m pip install $(PIP_OPTIONS) --no-deps --no-build-isolation -e .
-	touch $@
-
 clean:
-	rm -rf $(VENV) $(NEWEST) output datasets/shapes
+	rm -rf $(ENVIRONMENT_newest) $(ENVIRONMENT_compiled) dist output datasets/shapes

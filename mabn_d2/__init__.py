@@ -9,7 +9,7 @@ work for any PyTorch model.
 import importlib.util
 
 from .layers import BRN2d, CenConv2d, MABN2d, MBN2d
-from .surgery import centralize, set_norm_batch_size
+from .surgery import centralize, convert, fold, set_norm_batch_size
 from .training import DoubleForward
 
 __version__ = "0.1.0"
@@ -22,6 +22,8 @@ __all__ = [
     "MBN2d",
     "add_mabn_config",
     "centralize",
+    "convert",
+    "fold",
     "install",
     "set_norm_batch_size",
     "uninstall",

@@ -19,7 +19,9 @@ def seeded():
 def pytest_collection_modifyitems(items):
     """Detectron2 runs without its compiled operators, but for deformable convolution."""
     if importlib.util.find_spec("detectron2._C") is None:
-        skip = pytest.mark.skip(reason="this Detectron2 has no compiled operators")
+        skip = pytest.mark.skip(
+            reason="deformable convolution needs detectron2._C, which this Detectron2 lacks"
+        )
         for item in items:
             if "deform" in item.nodeid or "dconv" in item.nodeid:
                 item.add_marker(skip)

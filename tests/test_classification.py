@@ -387,7 +387,7 @@ def test_two_workers_train_one_model(data, tmp_path):
 
 def test_a_mistake_is_reported_in_one_line_before_anything_starts(data, tmp_path):
     done = train(data, tmp_path / "output", "train.max_itr=3")
-    assert done.returncode == 1
+    assert done.returncode == 2
     (line,) = done.stdout.splitlines()
     assert line.startswith("lazyconfig_train_net.py: error: ")
     assert "has no key train.max_itr. Similar is train.max_iter." in line

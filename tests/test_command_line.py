@@ -95,6 +95,7 @@ def error_line(done):
     return lines[0]
 
 
+@pytest.mark.slow
 def test_one_command_trains_on_own_data_with_an_own_norm_and_its_run_is_reported(mine, tmp_path):
     bring = [f"--import={mine / 'my_norm.py'}", coco_data(mine), coco_data(mine, split="val")]
     done = run(

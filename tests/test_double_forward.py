@@ -10,6 +10,7 @@ from detectron2 import model_zoo
 from detectron2.engine import AMPTrainer, HookBase
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -22,7 +23,7 @@ from mabn_d2.layers import BRN2d, CenConv2d, MABN2d, MBN2d
 from mabn_d2.surgery import set_norm_batch_size
 from mabn_d2.training import DoubleForward
 
-from .helpers.models import set_where_present, train_step
+from .helpers.models import random_inputs, set_where_present, train_step
 from .helpers.norms import assert_same_state, state
 from .helpers.runs import cfg_for, train_a_worker
 from .helpers.workers import run_workers
@@ -465,7 +466,7 @@ def test_a_detector_with_a_moving_average_in_an_attribute_keeps_it():
         optimizer.step()
         normalizer, before = model.loss_normalizer, other_state(model)
         stale = memory_state(model)
-        with mabn_d2.engine.hooks.EventStorage():
+        with EventStorage():
             double_forward.renew()
         assert model.loss_normalizer == normalizer
         assert_same_state(before, other_state(model))
@@ -475,6 +476,59 @@ def test_a_detector_with_a_moving_average_in_an_attribute_keeps_it():
             not torch.equal(now[key], stale[key]) for key in now if key.endswith("memory.values")
         ]
         assert all(moved) and len(moved) > 30  # also those of each feature level in the head
+
+
+def test_a_loop_of_ones_own_logs_every_scalar_once_and_draws_on_the_same_iterations():
+    model = retinanet()
+    double_forward, optimizer = DoubleForward(model), torch.optim.SGD(model.parameters(), 1e-4)
+    iterations = []
+    model.register_forward_hook(lambda *_: iterations.append(get_event_storage().iter))
+    forward = model.forward
+    model.forward = lambda x: iterations.append(get_event_storage().iter) or forward(x)
+    with EventStorage(3) as storage:
+        for _ in range(3):
+            sum(model.train()(random_inputs()).values()).backward()
+            optimizer.step()
+            double_forward.renew()
+            storage.step()
+    histories = storage.histories()
+    assert "num_pos_anchors" in " ".join(histories)
+    for name, history in histories.items():
+        assert [iteration for _, iteration in history.values()] == [3, 4, 5], name
+    assert sorted(iterations) == sorted([3, 4, 5] * 3)  # the hook, and both forwards
+
+
+def test_inputs_that_the_loop_changes_in_place_are_renewed_as_they_were():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), MBN2d(4)
+
+        def forward(self, batched, *, scale):
+            return self.norm(self.conv(batched[0]["image"] * scale["by"][0]))
+
+    model = Net()
+    optimizer, double_forward = sgd(model), DoubleForward(model)
+    batched, scale = [{"image": batch(0)}], {"by": [torch.tensor(3.0)]}
+    loss_of(model(batched, scale=scale)).backward()
+    batched[0]["image"].zero_()
+    batched.append(batched.pop(0).clear())
+    scale["by"][0] *= 0
+    optimizer.step()
+    double_forward.renew()
+    expected = model.conv(batch(0) * 3).detach().mean((0, 2, 3))
+    torch.testing.assert_close(entries(model.norm)[0][0], expected)
+
+
+def test_an_input_that_was_computed_from_parameters_is_renewed():
+    first, model = nn.Conv2d(3, 3, 1), nn.Sequential(nn.Conv2d(3, 4, 3), MBN2d(4))
+    optimizer, double_forward = sgd(model), DoubleForward(model)
+    x = first(batch(0))
+    loss_of(model(x)).backward()
+    optimizer.step()
+    double_forward.renew()
+    expected = model[0](x).detach().mean((0, 2, 3))
+    torch.testing.assert_close(entries(model[1])[0][0], expected)
 
 
 MODEL = [f"MODEL.{part}.NORM" for part in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")]

@@ -1,6 +1,7 @@
 """The package as it is imported and installed."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -36,6 +37,7 @@ def test_without_detectron2_the_layers_train_and_the_import_is_silent():
         "model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), mabn_d2.MABN2d(4))\n"
         "mabn_d2.centralize(model)\n"
         "model(torch.rand(2, 3, 5, 5)).sum().backward()\n"
+        "assert len(mabn_d2.fold(model).state_dict()) == 2\n"
         "import mabn_d2.surgery, mabn_d2.training, mabn_d2.ops\n"
     )
     done = run(WITHOUT_DETECTRON2 + code)
@@ -69,3 +71,37 @@ def test_below_the_line_nothing_imports_detectron2_or_what_needs_it(room):
     for path in files:
         for name in imported_modules(path):
             assert not f"{name}.".startswith(tuple(f"{f}." for f in forbidden)), (path, name)
+
+
+# ---- metadata ------------------------------------------------------------------------------------
+
+# Distributions whose modules have another name.
+MODULES = {"opencv-python": "cv2", "Pillow": "PIL", "PyYAML": "yaml"}
+# Asked for where it is needed: Detectron2 itself, and what only pictures are drawn with.
+OPTIONAL = {"detectron2", "matplotlib"}
+
+
+def declared(text, opening):
+    """The quoted entries of a list in pyproject.toml, without what is after the name."""
+    block = text.partition(opening)[2].partition("\n]")[0]
+    return [
+        re.match(r"[\w-]+", entry).group() for entry in re.findall(r'^    "(.+)",', block, re.M)
+    ]
+
+
+def test_every_package_that_is_imported_is_declared_and_the_other_way_round():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    dependencies = {MODULES.get(n, n) for n in declared(pyproject, "\ndependencies = [")}
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py")]
+    imported = {name.partition(".")[0] for path in files for name in imported_modules(path)}
+    assert imported - sys.stdlib_module_names - OPTIONAL - {"mabn_d2"} == dependencies
+
+
+def test_the_least_versions_that_are_declared_are_those_of_the_compiled_stack():
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    lock = (ROOT / "requirements.lock").read_text()
+    (python,) = re.findall(r'requires-python = ">=([\d.]+)"', pyproject)
+    (torch,) = re.findall(r'    "torch>=([\d.]+)"', pyproject)
+    assert f"find_python,{python}," in makefile
+    assert re.search(rf"^torch=={re.escape(torch)}[.\d]*$", lock, re.M)

@@ -76,7 +76,7 @@ def write_detections(run, dataset, score=0.9):
 def error_of(monkeypatch, capsys, *arguments):
     """What the tool prints when it fails."""
     tool = load_tool("report")
-    monkeypatch.setattr(tool, "register_shapes", lambda: None)  # the fixture has done it
+    monkeypatch.setattr(tool, "bring_in", lambda arguments: None)  # the fixture has done it
     monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
     assert tool.main() == 2
     out, err = capsys.readouterr()

@@ -5,13 +5,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from detectron2.config import LazyConfig
 from detectron2.engine import DefaultTrainer
 from omegaconf import OmegaConf
 
 from mabn_d2.engine import Trainer
-from mabn_d2.engine.resumable import check_num_workers
+from mabn_d2.engine.resumable import check_trainer_state
 from mabn_d2.layers import MABN2d
 from mabn_d2.plugin import check_batch, load_config, norm_options, scaling_notice
 from mabn_d2.plugin.scaling import check_lazy_batch, scale_lazy_config
@@ -193,13 +192,10 @@ def test_what_is_taken_literally_needs_no_word(given, num_workers):
 @pytest.mark.parametrize("before, now, message", [
     (8, 1, "trained by 8 workers, it cannot go on with 1"), (1, 2, "trained by 1 worker, .* with 2"),
 ])  # fmt: skip
-def test_a_run_does_not_go_on_with_another_number_of_workers(tmp_path, before, now, message):
-    torch.save({"model": {}, "trainer": {"num_workers": before}}, tmp_path / "model_0000001.pth")
-    check_num_workers(str(tmp_path), now)  # there is nothing to resume
-    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
-    check_num_workers(str(tmp_path), before)
+def test_a_run_does_not_go_on_with_another_number_of_workers(before, now, message):
+    check_trainer_state({"num_workers": before}, "output", 9, before)
     with pytest.raises(ValueError, match=message):
-        check_num_workers(str(tmp_path), now)
+        check_trainer_state({"num_workers": before}, "output", 9, now)
 
 
 # ---- lazy configs --------------------------------------------------------------------------------

@@ -179,7 +179,7 @@ def test_a_wrong_option_is_reported_in_one_line_before_anything_starts(
     shapes, tmp_path, options, message
 ):
     done = train(shapes, tmp_path / "output", *options, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     lines = [l for l in done.stdout.splitlines() if "arn" not in l and "pkg_resources" not in l]
     assert len(lines) == 1 and message in lines[0]
     assert not (tmp_path / "output").exists()
@@ -232,7 +232,7 @@ def test_the_papers_config_trains_with_two_workers_and_evaluates_on_the_coco_lay
              "TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2,
              "DATALOADER.NUM_WORKERS", 0]  # fmt: skip
     output = tmp_path / "output"
-    done = train(tmp_path, output, "--num-gpus=2", "MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", 4,
+    done = train(tmp_path, output, "--num-gpus=2", "--dist-url=auto", "MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER", 4,
                  *small, config=config)  # fmt: skip
     assert "69 norms, 69 centralized convolutions" in done.stdout
     assert "Evaluation results for segm" in done.stdout

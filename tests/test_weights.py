@@ -397,6 +397,15 @@ REFUSED = {
         "mabn-release", "bn1.{running_var, buffer_x2}",
     ),
     "no FPN": ({"backbone.body.stem.conv1.weight": torch.rand(1)}, "mabn-release", "without FPN"),
+    "another head as release": (
+        {**RESNET, "head.weight": torch.rand(1)}, "mabn-release", "head.weight",
+    ),
+    "another head as torchvision": (
+        {**RESNET, "head.weight": torch.rand(1)}, "torchvision", "head.weight",
+    ),
+    "detr as detectron2": (
+        {"model": {"backbone.0.body.conv1.weight": torch.rand(1)}}, "detectron2", "backbone.0.body",
+    ),
 }  # fmt: skip
 
 
@@ -409,6 +418,19 @@ def test_unknown_files_are_refused_in_one_line(convert, tmp_path, case):
         assert status == 2 and out == "" and error.count("\n") == 1
         assert expected in error and "accepted" in error and str(tmp_path / "src.pth") in error
         assert not (tmp_path / "dst.pth").exists()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("source", weights.SOURCES)
+def test_torchvisions_mask_rcnn_is_nobodys_file(convert, tmp_path, source, wrapped):
+    model = torchvision.models.detection.maskrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=3
+    )
+    state = model.state_dict()
+    torch.save({"model": state} if wrapped else state, tmp_path / "src.pth")
+    status, out, error = convert(tmp_path / "src.pth", tmp_path / "dst.pth", "--from", source)
+    assert status == 2 and out == "" and error.count("\n") == 1 and "accepted" in error
+    assert not (tmp_path / "dst.pth").exists()
 
 
 @pytest.mark.parametrize("name, content", [
@@ -458,13 +480,13 @@ def test_a_failed_write_leaves_nothing(monkeypatch, tmp_path):
 def test_report_of_a_backbone_in_a_detector(convert, tmp_path, caplog):
     caplog.set_level(logging.ERROR)
     state = release_state(mabn_resnet().state_dict())
-    state.update({"head.weight": torch.rand(1), "bn1.running_var": torch.rand(1, 32, 1, 1)})
+    state.update({"bn1.running_var": torch.rand(1, 32, 1, 1)})
     state.update({"bn1.buffer_x2": torch.rand(16, 32), "bn1.buffer_gz": torch.rand(16, 32)})
     state.update({"bn1.weight": torch.rand(32), "bn1.bias": torch.rand(32)})
-    torch.save(state, tmp_path / "src.pth")
+    torch.save({"model": state, "epoch": 3}, tmp_path / "src.pth")
     status, out, _ = convert(tmp_path / "src.pth", tmp_path / "dst.pth", "--from", "mabn-release",
                              "--config-file", INSTANT)  # fmt: skip
-    assert status == 0 and "left over: 1\n  head.weight\n" in out
+    assert status == 0 and "left over: 1\n  epoch\n" in out
     misses, leaves = re.search(r"misses: \d+\n(.*)leaves over: \d+\n(.*)config", out, re.S).groups()
     assert (
         "backbone.fpn_lateral2.norm.{weight, bias, running_mean, running_var, second_moment.values"

@@ -58,13 +58,7 @@ from mabn_d2.benchmark.measure import (
 )
 from mabn_d2.benchmark.shapes import CHOICES_OF_SHAPES
 from mabn_d2.benchmark.table import HEADER, device_name, format_row, summarize, write_csv
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, without the usage."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+from mabn_d2.utils.command_line import without_usage
 
 
 def positive_integer(text: str) -> int:
@@ -73,8 +67,8 @@ def positive_integer(text: str) -> int:
     return int(text)
 
 
-def make_parser() -> OneLineParser:
-    parser = OneLineParser(
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         prog="benchmark_norm.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -105,7 +99,7 @@ def make_parser() -> OneLineParser:
         help="another implementation: a class MABN2d, constructed as"
         " MABN2d(channels, B=2, real_B=32)",
     )
-    return parser
+    return without_usage(parser)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -19,11 +19,14 @@ from mabn_d2.checkpoint import (
 )
 from mabn_d2.plugin import load_config
 from mabn_d2.plugin.command_line import add_arguments, bring_in
+from mabn_d2.utils.command_line import without_usage
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = without_usage(
+        argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
     )
     parser.add_argument("src", metavar="SRC", help="file to read: .pth, or .pkl of Detectron2")
     parser.add_argument("dst", metavar="DST", help="file to write, a new .pth")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mabn_d2.data import make_synthetic_coco
 from mabn_d2.data.synthetic import LAYOUTS, LOOK_CHOICES
+from mabn_d2.utils.command_line import without_usage
 
 NAMES = {
     "shapes": "shapes_train, shapes_val (after mabn_d2.data.register_shapes())",
@@ -18,8 +19,10 @@ NAMES = {
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = without_usage(
+        argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
     )
     parser.add_argument("out", metavar="OUT", help="folder to create the data set in")
     parser.add_argument("--layout", default="shapes", help=" or ".join(LAYOUTS))

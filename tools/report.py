@@ -12,11 +12,14 @@ import sys
 
 from mabn_d2.plugin.command_line import add_arguments, bring_in
 from mabn_d2.report import METRICS, ap_table, draw_predictions, plot_curves
+from mabn_d2.utils.command_line import without_usage
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = without_usage(
+        argparse.ArgumentParser(
+            description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
     )
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="output folder of the run")
     parser.add_argument(

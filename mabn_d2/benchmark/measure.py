@@ -74,7 +74,7 @@ def load_reference(path: str) -> Callable[[int], nn.Module]:
     """
     expected = "expected a class MABN2d, constructed as MABN2d(channels, B=2, real_B=32)"
     try:
-        spec = importlib.util.spec_from_file_location("mabn_reference", path)
+        spec: Any = importlib.util.spec_from_file_location("mabn_reference", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         module.MABN2d(32, B=2, real_B=32)
@@ -89,7 +89,7 @@ def make_norms(
     device: torch.device, reference: str | None = None, norm_batch_size: int = 0
 ) -> dict[str, Callable[[int], nn.Module]]:
     """The norms to compare, as functions of the number of channels."""
-    norms = {
+    norms: dict[str, Callable[[int], nn.Module]] = {
         "BN": nn.BatchNorm2d,
         "MABN": MABN2d,
         "MBN": MBN2d,
@@ -153,15 +153,15 @@ def time_once(function: Callable[[], Any], settings: Settings) -> float:
         start = time.perf_counter()
         function()
         return 1000 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     if settings.queued:
         torch.cuda._sleep(QUEUED_CYCLES)
-    start.record()
+    begin.record()
     function()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end)
+    return begin.elapsed_time(end)
 
 
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
@@ -233,7 +233,7 @@ def measure(shape: Shape, norms: dict[str, Callable], settings: Settings) -> lis
             steps[name] = make_step(make_norm(shape.size[1]), x, upstream, settings)
         except RuntimeError as error:
             print(f"left out: {name} on {shape.name}: {first_line(error)}", file=sys.stderr)
-    times = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(settings.runs):
         for name, step in steps.items():
             times[name].append(time_once(step, settings))

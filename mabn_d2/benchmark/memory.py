@@ -50,7 +50,7 @@ def measure_peak(
     cfg = load_config(str(config))
     cfg.MODEL.DEVICE = "cuda"
     cfg.SOLVER.AMP.ENABLED = amp
-    cfg.SOLVER.IMS_PER_BATCH = images
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE = images, 0  # taken literally
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = size[:1], size[1]
     cfg.SOLVER.MAX_ITER = STEPS
     cfg.SOLVER.STEPS = ()

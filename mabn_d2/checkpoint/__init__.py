@@ -1,7 +1,7 @@
 """Checkpoints, and other people's weights as ours."""
 
 from ..utils import needs_detectron2  # noqa: F401
-from .checkpointer import Checkpointer
+from .checkpointer import Checkpointer, last_checkpoint
 from .convert import SOURCES, check_destination, load_weights, save_weights
 from .describe import Match, config_lines, describe, match_model
 from .reading import read_checkpoint
@@ -15,6 +15,7 @@ __all__ = [
     "check_destination",
     "config_lines",
     "describe",
+    "last_checkpoint",
     "load_weights",
     "match_model",
     "read_checkpoint",

@@ -1,45 +1,140 @@
-"""Checkpoints that are whole or not there."""
+"""Checkpoints that are whole or not there, and that execute nothing when they are loaded."""
 
 import logging
 import os
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from fvcore.common.checkpoint import _strip_prefix_if_present
+from torch import distributed
 
-from ..layers import MABN2d
 from ..utils.files import atomic_write
+from .matching import Matched, match_to_model
+from .reading import read_checkpoint
 
 logger = logging.getLogger(__name__)
+
+_MABN_NEEDS = (
+    " MABN needs weights that were trained with MABN and centralized kernels: with others expect to lose "
+    "about half of the AP. tools/convert_weights.py converts MABN weights of other code; without such "
+    "weights train from scratch."
+)
+_MABN_HAS = " MABN's kernels are centralized where they are used, not in the file."
 
 
 class Checkpointer(DetectionCheckpointer):
     """
-    A `DetectionCheckpointer` that writes to local disk such that a job killed at any moment leaves
-    the last complete checkpoint, and a `last_checkpoint` that names it.
+    A `DetectionCheckpointer` that differs in five points.
+
+    1. It writes to local disk such that a job killed at any moment leaves the last complete checkpoint,
+       and a `last_checkpoint` that names it.
+    2. It loads tensors, arrays and basic types only, see :func:`read_checkpoint`.
+    3. The ring buffers of norms are resampled to the model's sizes.
+    4. Where the weights were trained with another norm, so that the model computes another function, it
+       says so.
+    5. To resume, all workers load what the first one reads: machines need not share a disk.
     """
 
-    def load(self, path, *args, **kwargs):
-        self._path = path
-        return super().load(path, *args, **kwargs)
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """
+        Args:
+            path: file or URL, with Detectron2's `?matching_heuristics=True` behind it or not; "" for none.
+            checkpointables: names of those to load besides the model; None for all.
 
-    def _load_model(self, checkpoint):
-        incompatible = super()._load_model(checkpoint)
-        missing = set(incompatible.missing_keys)
-        names = [name for name, m in self.model.named_modules() if isinstance(m, MABN2d)]
-        # Weights without MABN's statistics are another norm's; without any, they are of other layers.
-        foreign = [
-            name for name in names
-            if f"{name}.psi.count" in missing and f"{name}.weight" not in missing
-        ]  # fmt: skip
-        if foreign:
-            logger.warning(
-                "%s holds weights of another norm, such as BN, for %d of %d MABN layers (%s, ...). "
-                "MABN needs weights that were trained with MABN and centralized kernels: with others "
-                "expect to lose about half of the AP. tools/convert_weights.py converts MABN weights of "
-                "other code; without such weights train from scratch.",
-                self._path, len(foreign), len(names), foreign[0],
-            )  # fmt: skip
-        return incompatible
+        Returns:
+            what was in the file beyond that.
+
+        Raises:
+            OSError, ValueError: of :func:`read_checkpoint`.
+        """
+        if not path:
+            return super().load(path)
+        return self._restore(path, self._read(path), checkpointables)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """
+        Loads the last checkpoint of the folder of the first worker, on all workers, or else the weights.
+
+        Args:
+            path: of the weights, as for :meth:`load`.
+            resume: whether to look for a checkpoint.
+
+        Raises:
+            OSError, ValueError: the checkpoint cannot be read; on all workers.
+        """
+        if resume:
+            file, checkpoint = _from_main_worker(self._read_last_checkpoint)
+            if file:
+                return self._restore(file, checkpoint, None)
+        return self.load(path, checkpointables=[])
+
+    def _read_last_checkpoint(self) -> tuple[str, dict[str, Any]]:
+        file = self.get_checkpoint_file()
+        return file, self._load_file(file) if file else {}
+
+    def get_checkpoint_file(self) -> str:
+        return last_checkpoint(self.save_dir)
+
+    def _read(self, path: str) -> dict[str, Any]:
+        """The content of a file or URL, laid out as `{"model": ..., ...}`."""
+        self.logger.info("Loading from %s", path)
+        url = urlsplit(path)
+        options = parse_qs(url.query)
+        heuristics = options.pop("matching_heuristics", ["False"]) == ["True"]
+        if options:
+            raise ValueError(f"{path}: the option {', '.join(options)} behind the name is unknown")
+        file = self.path_manager.get_local_path(url._replace(query="").geturl())
+        if not os.path.exists(file):
+            raise FileNotFoundError(f"{path} does not exist")
+        data = self._load_file(file)
+        return {**data, "matching_heuristics": True} if heuristics else data
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        """
+        Detectron2 tells the layout by the end of the name, which is how `.pkl` of Caffe2 and `.pyth` of
+        pycls are known here, too. How a file is read does not depend on its name.
+        """
+        data = read_checkpoint(filename)
+        if filename.endswith(".pkl") and not ("model" in data and "__author__" in data):
+            blobs = {
+                k: v for k, v in data.get("blobs", data).items() if not k.endswith("_momentum")
+            }
+            return {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+        if filename.endswith(".pyth"):
+            if "model_state" not in data:
+                raise ValueError(f"{filename} lacks 'model_state', which a .pyth of pycls has")
+            state = data["model_state"].items()
+            state = {k: v for k, v in state if not k.endswith("num_batches_tracked")}
+            return {"model": state, "__author__": "pycls", "matching_heuristics": True}
+        return data if "model" in data else {"model": data}
+
+    def _restore(
+        self, path: str, checkpoint: dict[str, Any], checkpointables: list[str] | None
+    ) -> dict[str, Any]:
+        """Loads the model and what else is asked for; returns the rest."""
+        checkpoint = dict(checkpoint)
+        state_dict = checkpoint["model"]
+        self._convert_ndarray_to_tensor(state_dict)
+        _strip_prefix_if_present(state_dict, "module.")
+        matched = match_to_model(
+            self.model,
+            state_dict,
+            by_end=checkpoint.pop("matching_heuristics", False),
+            caffe2=checkpoint.get("__author__") == "Caffe2",
+        )
+        _log_match(path, matched)
+        checkpoint["model"] = matched.state_dict
+        self._log_incompatible_keys(self._load_model(checkpoint))
+        for key in self.checkpointables if checkpointables is None else checkpointables:
+            if key in checkpoint:
+                self.logger.info("Loading %s from %s", key, path)
+                self.checkpointables[key].load_state_dict(checkpoint.pop(key))
+        return checkpoint
 
     def save(self, name: str, **kwargs) -> None:
         if not self.save_dir or not self.save_to_disk:
@@ -65,3 +160,53 @@ class Checkpointer(DetectionCheckpointer):
         for name in os.listdir(self.save_dir):
             if name.startswith(".model_") or name.startswith(".last_checkpoint."):
                 os.remove(os.path.join(self.save_dir, name))
+
+
+def last_checkpoint(folder: str) -> str:
+    """
+    The file that `last_checkpoint` of an output folder names; "" if there is none.
+
+    Raises:
+        ValueError: it names a file elsewhere.
+    """
+    tag = os.path.join(folder, "last_checkpoint")
+    try:
+        with PathManager.open(tag) as f:
+            name = f.read().strip()
+    except OSError:
+        return ""
+    if name in ("", ".", "..") or name != os.path.basename(name):
+        raise ValueError(f"{tag} names {name!r}, accepted is the name of a file in the same folder")
+    return os.path.join(folder, name)
+
+
+def _log_match(path: str, matched: Matched) -> None:
+    """At most one line on the ring buffers, and one for each pair of norms."""
+    if matched.ring_buffers:
+        changes = [f"{number} {change}" for change, number in matched.ring_buffers.items()]
+        level = logging.WARNING if "anew" in str(changes) else logging.INFO
+        logger.log(level, "%s: of the norms' ring buffers %s", path, "; ".join(changes))
+    for (theirs, ours), names in matched.foreign_norms.items():
+        logger.warning(
+            "%s holds weights of another norm: %s for %d layers that have %s (%s%s). They compute another "
+            "function than they were trained for.%s",
+            path, theirs or "none", len(names), ours or "none", names[0], ", ..." * (len(names) > 1),
+            _MABN_NEEDS if ours.startswith("MABN") else _MABN_HAS if theirs.startswith("MABN") else "",
+        )  # fmt: skip
+
+
+def _from_main_worker(function: Callable[[], Any]) -> Any:
+    """What the first worker's call of the function returns or raises, on all workers."""
+    if comm.get_world_size() == 1:
+        return function()
+    results = [None, None]
+    if comm.is_main_process():
+        try:
+            results[0] = function()
+        except (OSError, ValueError) as error:
+            results[1] = error
+    distributed.broadcast_object_list(results, src=0, group=comm._get_global_gloo_group())
+    value, error = results
+    if error is not None:
+        raise error
+    return value

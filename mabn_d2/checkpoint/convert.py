@@ -2,9 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import (
-    Any,
-)
+from typing import Any
 
 import torch
 
@@ -47,7 +45,7 @@ def save_weights(weights: Weights, path: str) -> None:
         OSError: the file cannot be written.
     """
     check_destination(path)
-    content = {"model": weights.state_dict, "__author__": weights.author}
+    content: dict[str, Any] = {"model": weights.state_dict, "__author__": weights.author}
     if weights.matching_heuristics:
         content["matching_heuristics"] = True
     with atomic_write(path) as f:

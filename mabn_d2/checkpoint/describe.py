@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import yaml
-from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 
+from .matching import match_to_model
 from .sources.weights import Weights, merge
 
 
@@ -21,13 +21,11 @@ class Match(NamedTuple):
 
 
 def match_model(weights: Weights, cfg: CfgNode) -> Match:
-    """What the model of a config takes from the weights, matched as Detectron2 does."""
+    """What the model of a config takes from the weights, matched as :class:`Checkpointer` does."""
     module = build_model(cfg)
     model = module.state_dict()
-    theirs = weights.state_dict
-    if weights.matching_heuristics:
-        caffe2 = weights.author == "Caffe2"
-        theirs = align_and_update_state_dicts(model, dict(theirs), c2_conversion=caffe2)
+    heuristics, caffe2 = weights.matching_heuristics, weights.author == "Caffe2"
+    theirs = match_to_model(module, dict(weights.state_dict), heuristics, caffe2).state_dict
     matched = {k: theirs[k] for k, v in model.items() if k in theirs and theirs[k].shape == v.shape}
     missing = module.load_state_dict(matched, strict=False).missing_keys
     return Match(list(matched), missing, [key for key in theirs if key not in matched])

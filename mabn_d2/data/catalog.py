@@ -18,7 +18,8 @@ def register_shapes(root: str | None = None) -> None:
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.data.datasets import register_coco_instances
 
-    root = os.path.expanduser(root or os.getenv("DETECTRON2_DATASETS", "datasets"))
+    default: str = os.getenv("DETECTRON2_DATASETS", "datasets")
+    root = os.path.expanduser(root or default)
     for split in ("train", "val"):
         name = f"shapes_{split}"
         json_file = os.path.join(root, "shapes", "annotations", f"instances_{split}.json")

@@ -189,7 +189,7 @@ class TrainLoader(ResumableLoader):
         Portrait with portrait and landscape with landscape images, as Detectron2's
         `AspectRatioGroupedDataset` does, but before anything is loaded, so that skipping is cheap.
         """
-        buckets = {False: [], True: []}
+        buckets: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
         for draw, index in enumerate(sampler):
             bucket = buckets[self.is_landscape[index]]
             bucket.append((draw, index))
@@ -217,7 +217,7 @@ def build_train_loader(cfg: CfgNode, mapper: Callable | None = None) -> TrainLoa
     arguments = _train_loader_from_config(cfg, mapper, sampler=sampler)
     mapper = arguments["mapper"]
     loader = TrainLoader(**arguments)
-    annotations = loader.dataset.dataset
+    annotations = loader.dataset.dataset  # type: ignore[attr-defined]
     loader.seed = max(cfg.SEED, 0)
     return loader
 

@@ -195,7 +195,7 @@ def build_hooks(
         trainer: a :class:`ResumableTrainer`.
         double_forward: whether MBN, where it is in the model, renews its memory.
         precise_iters: batches of :class:`PreciseStatistics`; 0 for none.
-        eval_period: iterations between evaluations; 0 for after the last iteration only.
+        eval_period: iterations between evaluations, 0 for after the last iteration only.
         evaluate: called without arguments, returns the results; None for no evaluation.
         checkpoints: `period` and perhaps `max_to_keep` of `PeriodicCheckpointer`.
         log_period: iterations between lines of the log.

@@ -67,6 +67,9 @@ def load_lazy_config(file: str, overrides: list[str]) -> DictConfig:
             LazyConfig.apply_overrides(cfg, [override])
         except Exception as e:  # of Hydra's parser and of OmegaConf, of many types
             raise ValueError(f"{override}: {str(e).splitlines()[0]}") from e
+    for part in _PARTS:
+        if not isinstance(cfg[part], DictConfig):
+            raise ValueError(f"{part} must be a group of keys, got {cfg[part]!r}")
     if not torch.cuda.is_available():
         cfg.train.device = "cpu"
     return cfg

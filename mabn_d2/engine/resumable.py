@@ -3,6 +3,7 @@
 import random
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,31 +13,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..checkpoint import Checkpointer
-from ..checkpoint.reading import read_checkpoint
 from ..utils.random import seed_from
-
-
-def check_num_workers(output_dir: str, num_workers: int) -> None:
-    """
-    For a run that is to be resumed from the last checkpoint of a folder, if there is one.
-
-    Raises:
-        ValueError: another number of workers trained it, with which an iteration is another part of
-            the data and of the schedule.
-    """
-    checkpointer = Checkpointer(nn.Module(), output_dir)
-    if checkpointer.has_checkpoint():
-        checkpoint = read_checkpoint(checkpointer.get_checkpoint_file())
-        _check_num_workers(checkpoint.get("trainer", {}), num_workers)
-
-
-def _check_num_workers(trainer_state: dict, num_workers: int) -> None:
-    before = trainer_state.get("num_workers", num_workers)  # version 0.1.0 does not save it
-    if before != num_workers:
-        raise ValueError(
-            f"The run to resume was trained by {before} worker{'s' * (before != 1)}, it cannot go on "
-            f"with {num_workers}"
-        )
 
 
 class ResumableTrainer(DefaultTrainer):
@@ -93,17 +70,21 @@ class ResumableTrainer(DefaultTrainer):
         """
         Loads the last checkpoint of the output folder and goes on from there, or the weights.
 
+        All workers go on from the checkpoint that the first one finds.
+
         Args:
             resume: whether to look for a checkpoint.
+
+        Raises:
+            ValueError: of :func:`check_trainer_state`, or the file is no checkpoint.
         """
         self.checkpointer.resume_or_load(self.weights, resume=resume)
-        if resume and self.checkpointer.has_checkpoint():
-            self.start_iter = self.iter + 1  # the checkpoint has the iteration that was completed
         self._place_loader()
 
     def _place_loader(self) -> None:
         if hasattr(self.train_loader, "start_iter"):
-            self.train_loader.seed, self.train_loader.start_iter = self.seed, self.start_iter
+            loader: Any = self.train_loader
+            loader.seed, loader.start_iter = self.seed, self.start_iter
 
     def run_step(self) -> None:
         torch_seed = seed_from(self.seed, comm.get_rank(), self.iter)
@@ -113,13 +94,34 @@ class ResumableTrainer(DefaultTrainer):
         super().run_step()
 
     def state_dict(self):
-        return {
-            **super().state_dict(),
-            "seed": self.seed,
-            "num_workers": comm.get_world_size(),
-        }
+        num_workers = comm.get_world_size()
+        return {**super().state_dict(), "seed": self.seed, "num_workers": num_workers}
 
     def load_state_dict(self, state_dict):
-        _check_num_workers(state_dict, comm.get_world_size())
+        folder = self.checkpointer.save_dir
+        check_trainer_state(state_dict, folder, self.max_iter, comm.get_world_size())
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)
+        self.start_iter = self.iter + 1  # the checkpoint has the iteration that was completed
+
+
+def check_trainer_state(
+    state: dict[str, Any], output_dir: str, max_iter: int, num_workers: int
+) -> None:
+    """
+    Raises:
+        ValueError: a run with this number of iterations and workers cannot go on from the trainer's state.
+    """
+    done = state.get("iteration", -1) + 1
+    if done > max_iter:
+        raise ValueError(
+            f"The last checkpoint in {output_dir} is of {done} iterations, and the run ends after {max_iter}: "
+            f"to resume, SOLVER.MAX_ITER (train.max_iter) must be {done} or more"
+        )
+    before = state.get("num_workers", num_workers)  # version 0.1.0 does not save it
+    if before != num_workers:
+        raise ValueError(
+            f"The last checkpoint in {output_dir} was trained by {before} worker{'s' * (before != 1)}, it "
+            f"cannot go on with {num_workers}: an iteration is another part of the data and of the schedule. "
+            "A new run may take it as MODEL.WEIGHTS (train.init_checkpoint)"
+        )

@@ -1,13 +1,11 @@
 """The memory of batch statistics over iterations."""
 
-import logging
+import warnings
 
 import torch
 from torch import nn
 
 from ..ops import Recorded, constant, record
-
-logger = logging.getLogger(__name__)
 
 
 class Statistics(nn.Module):
@@ -68,7 +66,9 @@ class RingBuffer(Statistics):
         return record(statistics, self.values, self.count)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        adapt_ring_buffer(self, state_dict, prefix)
+        change = adapt_ring_buffer(self, state_dict, prefix)
+        if change:  # Python shows the same warning once, so not for each norm of a model
+            warnings.warn(f"Ring buffers were {change}", stacklevel=2)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -96,7 +96,7 @@ def resample(values: torch.Tensor, count: int, size: int) -> torch.Tensor:
     return resampled
 
 
-def adapt_ring_buffer(ring: RingBuffer, state_dict: dict, prefix: str) -> bool:
+def adapt_ring_buffer(ring: RingBuffer, state_dict: dict, prefix: str) -> str:
     """
     Makes the entries of a ring buffer in a state dict such that they fit and belong together, in place.
 
@@ -108,24 +108,22 @@ def adapt_ring_buffer(ring: RingBuffer, state_dict: dict, prefix: str) -> bool:
         prefix: of the ring's entries.
 
     Returns:
-        whether anything was changed.
+        what was changed, in words; "" for nothing.
     """
-    keys = values_key, count_key = prefix + "values", prefix + "count"
-    values, count = (state_dict.get(key) for key in keys)
+    values, count = state_dict.get(prefix + "values"), state_dict.get(prefix + "count")
     if values is None and count is None:
-        return False
-    name = prefix.rstrip(".") or "ring buffer"
-    if values is None or count is None or values.shape[1:] != ring.values.shape[1:]:
-        found = "incomplete" if values is None or count is None else tuple(values.shape)
-        logger.warning("%s starts anew: the file's is %s", name, found)
+        return ""
+    if values is None or count is None:
+        change = "started anew, as a part is missing"
+    elif values.shape[1:] != ring.values.shape[1:]:
+        change = "started anew, as the channels differ"
     elif not values.isfinite().all():
-        logger.warning("%s starts anew: the file's is not finite", name)
+        change = "started anew, as not all values are finite"
     elif len(values) == ring.size:
-        return False
+        return ""
     else:
-        logger.info("%s: %d rows of the file become %d", name, len(values), ring.size)
-        state_dict[values_key] = resample(values, int(count), ring.size)
-        return True
-    state_dict[values_key] = torch.zeros_like(ring.values)
-    state_dict[count_key] = torch.zeros_like(ring.count)
-    return True
+        state_dict[prefix + "values"] = resample(values, int(count), ring.size)
+        return f"resampled from {len(values)} to {ring.size} rows"
+    state_dict[prefix + "values"] = torch.zeros_like(ring.values)
+    state_dict[prefix + "count"] = torch.zeros_like(ring.count)
+    return change

@@ -26,8 +26,9 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.roi_heads import ROIHeads
 from detectron2.utils.events import EventStorage, get_event_storage, has_event_storage
 from torch import nn
+from torch.ao.quantization import ObserverBase
 
-from ..layers import CenConv2d, CentralizedKernel, marked_options
+from ..layers import CenConv2d, CentralizedKernel, RingBuffer, marked_options
 from ..layers.options import Accepted
 from ..surgery import (
     CENTRALIZED_CLASSES,
@@ -69,6 +70,9 @@ CENTRALIZED_CLASSES.update(
         ModulatedDeformConv: CenModulatedDeformConv,
     }
 )
+# fvcore's checkpointer drops tensors of another shape, but for modules that adapt what they load. It knows
+# those by this class; a ring buffer is resampled.
+ObserverBase.register(RingBuffer)
 
 
 def _extend_get_norm(original: Callable) -> Callable:

@@ -127,8 +127,8 @@ def _detected(entry: dict, metadata) -> _Object:
 
 def _select(found: list[_Object]) -> tuple[list[_Object], str]:
     """The detections to draw, best first, and the caption that says which they are."""
-    found = sorted(found, key=lambda detection: -detection.score)
-    shown = [detection for detection in found if detection.score >= SCORE_THRESHOLD]
+    found = sorted(found, key=lambda detection: -detection.score)  # type: ignore[operator]
+    shown = [detection for detection in found if detection.score >= SCORE_THRESHOLD]  # type: ignore[operator]
     if shown:
         return shown, f"{count(len(shown), 'detection')} of score ≥ {SCORE_THRESHOLD}"
     if found:

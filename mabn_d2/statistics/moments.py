@@ -52,6 +52,12 @@ def projections(
     return batches.total(sum_d), batches.total(sum_dy)
 
 
+def moving_average_and_r(norm: MABN2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """χ̄² and r as the last forward pass of a MABN has used them, shape (G, C)."""
+    factors = norm._last_statistics
+    return factors.squared - norm.eps, factors.unit * factors.squared.sqrt()
+
+
 def psi_average(norm: MABN2d) -> torch.Tensor:
     """ψ̄ as the last backward pass of a MABN has used it, shape (C,)."""
     values, count = norm.psi.values, norm.psi.count

@@ -15,7 +15,7 @@ from torch import nn
 from ..layers import MABN2d, Norm2d
 from ..layers.norm import in_backward
 from ..layers.norm_batch import NormBatches
-from .moments import batch_moments, projections, psi_average
+from .moments import batch_moments, moving_average_and_r, projections, psi_average
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, Norm2d)
 
@@ -189,7 +189,7 @@ class StatisticsRecorder:
     ) -> None:
         batches = NormBatches(x.shape, getattr(module, "norm_batch_size", 0))
         mean, var = batch_moments(x, batches)
-        used, r = module._last_statistics if isinstance(module, MABN2d) else (None, None)
+        used, r = moving_average_and_r(module) if isinstance(module, MABN2d) else (None, None)
         if not in_backward():  # else activation checkpointing runs the forward a second time
             self._add(name, "mean", mean)
             self._add(name, "var", var)
@@ -197,8 +197,8 @@ class StatisticsRecorder:
                 self._add(name, "second_moment", var + (mean - module.running_mean).square())
                 self._add(name, "second_moment_average", used)
                 self._add(name, "running_var", module.running_var[None])
-                clip = module.renorm_clip
-                is_clipped = (r >= clip) | (r <= 1 / clip)
+                bound = module.renorm_clip * (1 - 1e-5)  # r comes out of float32
+                is_clipped = (r >= bound) | (r <= 1 / bound)
                 share = is_clipped.to(mean.dtype).mean(1)
                 self._pending.setdefault((self.iteration, name, "clipped"), []).append(share)
         if not out.requires_grad:

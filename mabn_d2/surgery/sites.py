@@ -269,7 +269,8 @@ def _by_forward(model: nn.Module) -> _Flow:
 def _read_forward(module: nn.Module, names: dict[nn.Module, str], flow: _Flow) -> None:
     if is_convolution(module) or _is_called_as_a_norm(module):
         return
-    if not any(_is_called_as_a_norm(part) for part in module.modules()):
+    norms = [part for part in module.modules() if _is_called_as_a_norm(part)]
+    if all(names[norm] in flow.calls for norm in norms):
         return
     for shallow in (False, True):
         try:
@@ -277,8 +278,6 @@ def _read_forward(module: nn.Module, names: dict[nn.Module, str], flow: _Flow) -
         except Exception:  # of any type: a forward is foreign code, and does not expect proxies
             continue
         _read_graph(graph, module, names, flow)
-        if not shallow:
-            return
         break
     for _, child in _children(module, ""):
         _read_forward(child, names, flow)

@@ -103,8 +103,8 @@ class DoubleForward:
             for call in calls:
                 set_random_state(call.random_state)
                 with contextlib.ExitStack() as autocast:
-                    for context in call.autocast:
-                        autocast.enter_context(context)
+                    for precision in call.autocast:
+                        autocast.enter_context(precision)
                     self.model.forward(*call.args, **call.kwargs)
 
 

@@ -1,11 +1,11 @@
 """Mask R-CNN with each norm through tools/train_net.py: it trains and evaluates, and no step of ours waits."""
 
-import importlib.util
 import json
 import math
+import runpy
+import sys
 
 import pytest
-from detectron2.engine import default_argument_parser
 
 from mabn_d2.data import make_synthetic_coco
 from mabn_d2.engine import Trainer
@@ -14,18 +14,11 @@ from . import compute, record
 from .__main__ import ROOT
 from .conditions import NORMS
 
+TOOL = str(ROOT / "tools/train_net.py")
 CONFIG = ROOT / "configs/quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn_instant.yaml"
 SIZE = 128
 STEPS = 3
 NORM_KEYS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
-
-
-@pytest.fixture(scope="module")
-def train_net():
-    spec = importlib.util.spec_from_file_location("train_net", ROOT / "tools/train_net.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +49,7 @@ def steps(monkeypatch):
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed precision"])
 @pytest.mark.parametrize("norm", [*NORMS, "GN", "FrozenBN"])
 def test_mask_rcnn_trains_and_evaluates_and_no_step_of_ours_waits(
-    train_net, shapes, steps, monkeypatch, tmp_path, norm, mixed
+    shapes, steps, monkeypatch, tmp_path, norm, mixed
 ):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
     options = {f"MODEL.{key}.NORM": norm for key in NORM_KEYS} | {
@@ -69,9 +62,9 @@ def test_mask_rcnn_trains_and_evaluates_and_no_step_of_ours_waits(
         "OUTPUT_DIR": tmp_path,
     }
     opts = [str(item) for pair in options.items() for item in pair]
-    args = default_argument_parser().parse_args(["--config-file", str(CONFIG), *opts])
+    monkeypatch.setattr(sys, "argv", [TOOL, "--config-file", str(CONFIG), *opts])
     with compute():
-        train_net.main(args)
+        runpy.run_path(TOOL, run_name="__main__")
     metrics = {}
     for line in (tmp_path / "metrics.json").read_text().splitlines():
         metrics.update(json.loads(line))

@@ -3,21 +3,21 @@
 import re
 from typing import Any
 
-from .weights import (
-    FOREIGN_NORM_NOTE,
-    Weights,
-    found,
-    merge,
-    pixels,
-    split,
-    tensors,
-    torchvision_config,
-)
+from .torchvision import torchvision_config
+from .weights import FOREIGN_NORM_NOTE, Weights, found, merge, pixels, split, tensors
+
+# Modules of other code bases that begin as Detectron2's do: torchvision's and DETR's detectors, and
+# maskrcnn-benchmark's.
+_OTHERS = re.compile(r"backbone\.(\d+\.)?(body|fpn)\.")
+_OURS = re.compile(r"backbone\.|stem\.|res2\.")
 
 
 def convert_detectron2(checkpoint: dict[str, Any], path: str) -> Weights:
     """
     Weights of a checkpoint of Detectron2 or of its model zoo, without the trainer's state.
+
+    Detectron2's models have any names, so a file is told by its layout, by the backbone's first names, and by
+    having no module of the code bases that use the same ones. All tensors are taken.
 
     Args:
         checkpoint: as from :func:`read_checkpoint`.
@@ -29,10 +29,8 @@ def convert_detectron2(checkpoint: dict[str, Any], path: str) -> Weights:
     if "blobs" in checkpoint or "conv1_w" in checkpoint:
         return _convert_caffe2(checkpoint)
     state_dict, others = split(checkpoint, ("model",))
-    names = [re.match(r"backbone\.(?!body\.|fpn\.)|stem\.|res2\.", key) for key in state_dict]
-    if "model" not in checkpoint or not any(names) or any(
-        key.startswith("backbone.body.") for key in state_dict
-    ):  # fmt: skip
+    is_ours = any(map(_OURS.match, state_dict)) and not any(map(_OTHERS.match, state_dict))
+    if "model" not in checkpoint or not is_ours:
         raise ValueError(
             f"{path} is not of Detectron2: {found(state_dict or checkpoint)}, accepted is "
             "{'model': {'backbone.bottom_up.stem.conv1.weight': ..., or 'stem.conv1.weight': ...}}"

@@ -6,19 +6,29 @@ from typing import Any
 import torch
 
 from ...layers import MABN2d
+from ..norms import norm_of
+from .resnet import is_resnet, resnet_config, resnet_name
 from .weights import (
     FOREIGN_NORM_NOTE,
     StateDict,
     Weights,
+    check_all_known,
     found,
-    is_resnet,
     merge,
-    norm_of,
     pixels,
     rename,
-    resnet_config,
-    resnet_name,
     split,
+)
+
+_SOURCE = "the MABN release"
+_ACCEPTED = (
+    "detectors of maskrcnn-benchmark, Faster and Mask R-CNN with FPN (backbone.body.stem.conv1.weight, ...), "
+    "and ResNets (conv1.weight, layer1.0.conv1.weight, ...)"
+)
+# Tensors of maskrcnn-benchmark that Detectron2 has no place for: the anchors, and a bias that the norm behind
+# it makes needless but for the running mean.
+_NOT_TAKEN = re.compile(
+    r"rpn\.anchor_generator\.cell_anchors\.\d+|backbone\.body\.stem\.conv1\.bias"
 )
 
 # maskrcnn-benchmark's modules -> Detectron2's.
@@ -73,9 +83,10 @@ def _name_box_convolutions(state_dict: StateDict) -> StateDict:
     )
 
     def name(key: str) -> str:
-        if parts[key] is None:
+        match = parts[key]
+        if match is None:
             return key
-        prefix, place, tensor = parts[key][1], int(parts[key][2]), parts[key][3]
+        prefix, place, tensor = match[1], int(match[2]), match[3]
         module = f"conv{sum(p <= place for p in places)}{'' if place in places else '.norm'}"
         return f"{prefix}{module}.{tensor}"
 
@@ -154,7 +165,7 @@ def convert_release(checkpoint: dict[str, Any], path: str) -> Weights:
         path: for messages.
 
     Raises:
-        ValueError: the names are not those of the release.
+        ValueError: a name is not one of the release, or norms are not MABN.
     """
     state_dict, others = split(checkpoint, ("model", "state_dict"))
     detector = any(key.startswith("backbone.body.") for key in state_dict)
@@ -162,30 +173,32 @@ def convert_release(checkpoint: dict[str, Any], path: str) -> Weights:
         raise ValueError(f"{path} holds a detector without FPN, accepted are those with FPN")
     if not detector and not is_resnet(state_dict):
         raise ValueError(
-            f"{path} is not of the MABN release: {found(state_dict or checkpoint)}, accepted are "
-            "detectors of maskrcnn-benchmark (backbone.body.stem.conv1.weight, ...) and ResNets "
-            "(conv1.weight, layer1.0.conv1.weight, ...)"
+            f"{path} is not of {_SOURCE}: {found(state_dict or checkpoint)}, accepted are {_ACCEPTED}"
         )
     if not detector and norm_of(state_dict) == "BN":
         raise ValueError(
-            f"{path} is not of the MABN release: its norms are BN (bn1.running_mean), accepted "
+            f"{path} is not of {_SOURCE}: its norms are BN (bn1.running_mean), accepted "
             "with --from torchvision"
         )
     state_dict = _convert_release_norms(state_dict, path)
     if detector:
-        return _release_detector(state_dict, others)
+        return _release_detector(state_dict, others, path)
     state_dict, unknown = rename(state_dict, resnet_name)
+    check_all_known(unknown, path, _SOURCE, _ACCEPTED)
     config = resnet_config(state_dict, "MABN", stride_in_1x1=False)
     merge(config, pixels("BGR", [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]))
     notes = [
         "The config is that of the release's classifier. The release's detector starts from its "
         "weights with PIXEL_MEAN [102.9801, 115.9465, 122.7717] and STRIDE_IN_1X1 True."
     ]
-    return Weights(state_dict, "MABN release", True, others + unknown, config, notes)
+    return Weights(state_dict, "MABN release", True, others, config, notes)
 
 
-def _release_detector(state_dict: StateDict, others: list[str]) -> Weights:
+def _release_detector(state_dict: StateDict, others: list[str], path: str) -> Weights:
     state_dict, unknown = rename(_name_box_convolutions(state_dict), detector_name)
+    check_all_known(
+        [key for key in unknown if not _NOT_TAKEN.fullmatch(key)], path, _SOURCE, _ACCEPTED
+    )
     _move_background_last(state_dict)
     weights = Weights(state_dict, "MABN release", False, others + unknown, {}, [])
     norm = weights.norm

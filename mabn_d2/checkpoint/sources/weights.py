@@ -1,11 +1,12 @@
 """Weights under the names of Detectron2, and what all sources share."""
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from ..norms import norm_of
 
 StateDict = dict[str, torch.Tensor]
 FOREIGN_NORM_NOTE = (
@@ -40,13 +41,6 @@ class Weights(NamedTuple):
     def norm(self) -> str:
         """:func:`norm_of` the state dict."""
         return norm_of(self.state_dict)
-
-
-def norm_of(state_dict: StateDict) -> str:
-    """'MABN', 'BN' or '', told by the statistics."""
-    if any(key.endswith(".psi.count") for key in state_dict):
-        return "MABN"
-    return "BN" if any(re.search(r"running_mean|_bn_", key) for key in state_dict) else ""
 
 
 def _is_array(value: Any) -> bool:
@@ -93,66 +87,28 @@ def rename(
     return renamed, [key for key, name in names.items() if name is None]
 
 
-# ----------------------------------------------------------------------------------------- naming
-
-
-def resnet_name(key: str) -> str | None:
+def check_all_known(unknown: list[str], path: str, source: str, accepted: str) -> None:
     """
-    Detectron2's name of a ResNet's tensor: `layer1.0.bn2.bias` -> `res2.0.conv2.norm.bias`.
+    A source takes a file when it knows every tensor in it, or one of half a network passes for its own.
 
     Args:
-        key: torchvision's name.
+        unknown: names of the tensors that the source does not know.
+        path: of the file.
+        source: for the message.
+        accepted: for the message.
 
-    Returns:
-        the name, or None for a tensor that Detectron2's ResNet does not have.
+    Raises:
+        ValueError: there are such tensors.
     """
-    if key in ("fc.weight", "fc.bias"):
-        return f"stem.{key}"
-    parts = re.fullmatch(r"(?:layer([1-4])\.(\d+)\.)?(conv|bn|downsample\.)(\d)\.(.+)", key)
-    if parts is None:
-        return None
-    stage, block, kind, number, tensor = parts.groups()
-    module = "shortcut" if kind == "downsample." else f"conv{number}"
-    if kind == "bn" or (kind, number) == ("downsample.", "1"):
-        module += ".norm"
-    elif tensor not in ("weight", "kernel_mean"):
-        return None
-    place = "stem" if stage is None else f"res{int(stage) + 1}.{block}"
-    return f"{place}.{module}.{tensor}"
+    if unknown:
+        names = ", ".join(unknown[:3]) + ", ..." * (len(unknown) > 3)
+        raise ValueError(
+            f"{path} is not of {source}: {len(unknown)} of its tensors are not known there ({names}), "
+            f"accepted are {accepted}"
+        )
 
 
-# ----------------------------------------------------------------------------------- descriptions
-
-
-_DEPTHS = {
-    (False, (2, 2, 2, 2)): 18,
-    (False, (3, 4, 6, 3)): 34,
-    (True, (3, 4, 6, 3)): 50,
-    (True, (3, 4, 23, 3)): 101,
-    (True, (3, 8, 36, 3)): 152,
-}
-
-
-def is_resnet(state_dict: StateDict) -> bool:
-    return "conv1.weight" in state_dict and "layer1.0.conv1.weight" in state_dict
-
-
-def resnet_config(state_dict: StateDict, norm: str, stride_in_1x1: bool) -> dict[str, Any]:
-    """Options of a ResNet, told by the tensors under Detectron2's names, without a prefix."""
-    blocks = {tuple(key.split(".")[:2]) for key in state_dict if re.match(r"res\d\.\d", key)}
-    counts = tuple(sum(stage == f"res{n}" for stage, _ in blocks) for n in (2, 3, 4, 5))
-    bottleneck = "res2.0.conv3.weight" in state_dict
-    options: dict[str, Any] = {"NORM": norm, "STRIDE_IN_1X1": stride_in_1x1}
-    if (bottleneck, counts) in _DEPTHS:
-        options["DEPTH"] = _DEPTHS[bottleneck, counts]
-    if not bottleneck:
-        options["RES2_OUT_CHANNELS"] = 64
-    elif "res2.0.conv2.weight" in state_dict:
-        width, per_group = state_dict["res2.0.conv2.weight"].shape[:2]
-        if (width, per_group) != (64, 64):
-            groups = width // per_group
-            options.update(NUM_GROUPS=groups, WIDTH_PER_GROUP=width // groups)
-    return {"MODEL": {"RESNETS": options}}
+# ------------------------------------------------------------------------ lines of a config
 
 
 def pixels(channels: str, mean: list[float], std: list[float]) -> dict[str, Any]:
@@ -160,12 +116,6 @@ def pixels(channels: str, mean: list[float], std: list[float]) -> dict[str, Any]
         "MODEL": {"PIXEL_MEAN": mean, "PIXEL_STD": std},
         "INPUT": {"FORMAT": channels},
     }
-
-
-def torchvision_config() -> dict[str, Any]:
-    config = pixels("RGB", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
-    merge(config, {"MODEL": {"RESNETS": {"STRIDE_IN_1X1": False}}})
-    return config
 
 
 def merge(options: dict[str, Any], *others: dict[str, Any]) -> None:

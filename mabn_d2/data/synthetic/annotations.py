@@ -37,7 +37,7 @@ def _trace(mask: np.ndarray, x: int, y: int) -> list[list[float]]:
     fine = cv2.resize(padded, None, fx=_FINE, fy=_FINE, interpolation=cv2.INTER_LINEAR)
     inside = (fine > 127).astype(np.uint8)
     contours, links = cv2.findContours(inside, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    parents = links[0, :, 3] if len(contours) else []
+    parents: list[int] = links[0, :, 3].tolist() if len(contours) else []
     holes = [contour for contour, parent in zip(contours, parents) if parent >= 0]
     if holes:
         left, _, width, _ = cv2.boundingRect(max(holes, key=cv2.contourArea))

@@ -186,7 +186,8 @@ def _coco_categories() -> tuple[list[dict], list[dict]]:
     """COCO's 80 thing and 53 stuff categories; the latter all have the supercategory "stuff"."""
     from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 
-    things, stuff = [], []
+    things: list[dict] = []
+    stuff: list[dict] = []
     for entry in COCO_CATEGORIES:
         category = {"id": entry["id"], "name": entry["name"], "supercategory": "stuff"}
         if entry["isthing"]:
@@ -251,7 +252,7 @@ def _save(path: Path, pixels: np.ndarray) -> None:
     done, data = cv2.imencode(path.suffix, pixels, options)
     if not done:
         raise OSError(f"{path}: cannot encode an image of shape {pixels.shape}")
-    path.write_bytes(data)  # unlike cv2.imwrite, this raises when the disk is full
+    path.write_bytes(data.tobytes())  # unlike cv2.imwrite, this raises when the disk is full
 
 
 # ---- splits --------------------------------------------------------------------------------------

@@ -289,6 +289,7 @@ def _draw_category(rng, scene: Scene, category: int, centre, radius) -> np.ndarr
     _draw_outline(
         rng, scene, list(OUTLINES)[name], list(_PATTERNS)[pattern], colours, centre, radius
     )
+    return None
 
 
 def _draw_person(rng, scene: Scene, centre, radius: float) -> np.ndarray:

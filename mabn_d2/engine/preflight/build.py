@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -34,7 +36,11 @@ def build(what: str, function: Callable[[torch.device], T]) -> T:
             try:
                 return function(torch.device("cpu"))
             except Exception as error:  # whatever the wrong value stumbled over
-                raise ValueError(f"{what} cannot be built: {one_line(error)}") from error
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                raise ValueError(
+                    f"{what} cannot be built: {one_line(error)}, at `{place.line}` "
+                    f"({os.path.basename(place.filename)}, line {place.lineno})"
+                ) from error
 
 
 @contextlib.contextmanager

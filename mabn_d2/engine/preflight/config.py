@@ -1,7 +1,7 @@
 """What is checked of a config of yacs."""
 
 import argparse
-import os
+import importlib.util
 
 import torch
 from detectron2.config import CfgNode
@@ -13,10 +13,11 @@ from detectron2.utils.file_io import PathManager
 
 from ...plugin.registry import check_norm_names, norm_options
 from ...plugin.scaling import check_batch, scaling_notice
+from ..resumable import check_trainer_state
 from ..trainer import EVALUATORS
 from .build import build, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
-from .files import check_arguments, check_output_dir, check_weights
+from .files import check_arguments, check_output_dir, check_start
 from .values import check_values
 
 
@@ -43,8 +44,7 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     num_workers = args.num_gpus * args.num_machines
     _check_together(cfg, num_workers, args.eval_only)
     check_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
-    if not (args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))):
-        check_weights(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
+    state = check_start(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", cfg.OUTPUT_DIR, args.resume)
     splits = ("TEST",) if args.eval_only else ("TRAIN", "TEST")
     for split in splits:
         for name in cfg.DATASETS[split]:
@@ -54,7 +54,10 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     notice = None if args.eval_only else scaling_notice(cfg, args.opts, num_workers)
     if notice:
         warnings.append(notice)
-    _build_all(DefaultTrainer.auto_scale_workers(cfg, num_workers), args.eval_only)
+    if not args.eval_only:
+        cfg = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        check_trainer_state(state, cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, num_workers)
+    _build_all(cfg, args.eval_only)
     with quiet():
         for name in () if args.eval_only else cfg.DATASETS.TRAIN:
             warnings += check_training_data(name, "DATASETS.TRAIN", _needs(cfg))
@@ -88,6 +91,27 @@ def _check_together(cfg: CfgNode, num_workers: int, eval_only: bool) -> None:
         found = cfg.MODEL[key.split(".")[1]]
         if test.AUG.ENABLED and found != value:
             raise ValueError(f"TEST.AUG.ENABLED needs {key} {value}, got {found}")
+    has_operators = importlib.util.find_spec("detectron2._C") is not None
+    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and not has_operators:
+        raise ValueError(
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE needs Detectron2's compiled operators (detectron2._C), "
+            "which this installation lacks"
+        )
+    mean, std = len(cfg.MODEL.PIXEL_MEAN), len(cfg.MODEL.PIXEL_STD)
+    if mean != std or mean == 0:
+        raise ValueError(
+            "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must have one number for each channel of the image, "
+            f"got {mean} and {std}"
+        )
+    for part in ("RPN", "ROI_HEADS", "RETINANET"):
+        thresholds, labels = cfg.MODEL[part].IOU_THRESHOLDS, cfg.MODEL[part].IOU_LABELS
+        if not thresholds or sorted(thresholds) != list(thresholds):
+            raise ValueError(f"MODEL.{part}.IOU_THRESHOLDS must ascend, got {thresholds}")
+        if len(labels) != len(thresholds) + 1:
+            raise ValueError(
+                f"MODEL.{part}.IOU_LABELS must have one more element than IOU_THRESHOLDS "
+                f"{thresholds}, got {labels}"
+            )
     crop = cfg.INPUT.CROP
     if crop.ENABLED and crop.TYPE.startswith("relative") and max(crop.SIZE) > 1:
         raise ValueError(f"INPUT.CROP.SIZE must be at most 1 with {crop.TYPE!r}, got {crop.SIZE}")

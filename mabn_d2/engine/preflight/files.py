@@ -2,9 +2,12 @@
 
 import argparse
 import os
+from typing import Any
 
 import torch
 from detectron2.utils.file_io import PathManager
+
+from ...checkpoint import last_checkpoint, read_checkpoint
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -47,7 +50,7 @@ def check_weights(weights: str, key: str) -> None:
         key: of the config, for the message.
 
     Raises:
-        ValueError: it is a path of no file, or the file is no checkpoint by its first bytes.
+        ValueError: it is a path of no file, or the file is no checkpoint.
     """
     if not isinstance(weights, str):
         raise ValueError(f"{key} must be a path, a URL, or '' for none, got {weights!r}")
@@ -61,17 +64,31 @@ def check_weights(weights: str, key: str) -> None:
     if not is_file:
         found = "is a folder" if os.path.isdir(path) else "does not exist"
         raise ValueError(f"{key}: {weights} {found}")
-    with PathManager.open(path, "rb") as f:
-        start = f.read(512)
-    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ValueError(
-            f"{key}: {weights} is a web page, not a checkpoint: download the file itself"
-        )
-    # A zip archive of torch.save, or a pickle.
-    if not start.startswith((b"PK\x03\x04", b"\x80")):
-        raise ValueError(
-            f"{key}: {weights} is no checkpoint of PyTorch (.pth) or Detectron2 (.pkl)"
-        )
+    try:
+        read_checkpoint(PathManager.get_local_path(path))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def check_start(weights: str, key: str, output_dir: str, resume: bool) -> dict[str, Any]:
+    """
+    The file that a run starts from: the last checkpoint, if it is resumed and has one, or the weights.
+
+    Args:
+        weights, key: of :func:`check_weights`.
+        output_dir: folder of the checkpoints.
+
+    Returns:
+        the trainer's state in the last checkpoint; {} with weights.
+
+    Raises:
+        OSError, ValueError: the file cannot be read.
+    """
+    file = last_checkpoint(output_dir) if resume else ""
+    if file:
+        return read_checkpoint(file).get("trainer", {})
+    check_weights(weights, key)
+    return {}
 
 
 def check_output_dir(folder: str, key: str) -> None:

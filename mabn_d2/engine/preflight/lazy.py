@@ -1,7 +1,6 @@
 """What is checked of a LazyConfig."""
 
 import argparse
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ...layers.options import Accepted
 from ...plugin.registry import check_norm_name
-from ...plugin.scaling import check_lazy_batch
+from ...plugin.scaling import check_lazy_batch, scale_lazy_config
+from ..resumable import check_trainer_state
 from .build import build, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
-from .files import check_arguments, check_output_dir, check_weights
+from .files import check_arguments, check_output_dir, check_start
 from .values import (
     BOOLEAN,
     DEVICE,
@@ -48,8 +48,10 @@ _ACCEPTED: dict[str, Accepted] = {
 }
 # Of the configs that have them.
 _ACCEPTED_IF_THERE: dict[str, Accepted] = {
+    "train.reference_world_size": NON_NEGATIVE_INTEGER,
     "dataloader.train.total_batch_size": POSITIVE_INTEGER,
     "dataloader.train.num_workers": NON_NEGATIVE_INTEGER,
+    "dataloader.train.mapper.instance_mask_format": one_of("polygon", "bitmask"),
     "dataloader.test.num_workers": NON_NEGATIVE_INTEGER,
 }
 
@@ -94,8 +96,11 @@ def check_lazy_config(
     if not eval_only:
         check_lazy_batch(cfg, num_workers)
     check_output_dir(entries["train.output_dir"], "train.output_dir")
-    if not (resume and os.path.isfile(f"{entries['train.output_dir']}/last_checkpoint")):
-        check_weights(entries["train.init_checkpoint"], "train.init_checkpoint")
+    weights, folder = entries["train.init_checkpoint"], entries["train.output_dir"]
+    state = check_start(weights, "train.init_checkpoint", folder, resume)
+    if not eval_only:
+        max_iter = scale_lazy_config(cfg, num_workers).train.max_iter
+        check_trainer_state(state, folder, max_iter, num_workers)
     warnings = []
     _build_all(cfg, eval_only)
     for key, value in entries.items():
@@ -105,8 +110,8 @@ def check_lazy_config(
     return warnings
 
 
-def items(node: dict | list, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All keys of nested containers in dotted form, with their values."""
+def items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All keys of nested dicts and lists in dotted form, with their values."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         yield f"{prefix}{key}", value
         if isinstance(value, (dict, list)):
@@ -140,13 +145,13 @@ def _needs(entries: dict[str, Any]) -> Needs:
     """Of Detectron2's own models, as far as their config says so."""
     classes_key = next(
         (key for key in ("model.roi_heads.num_classes", "model.num_classes") if key in entries),
-        None,
+        "",
     )
     mapper = "dataloader.train.mapper"
     has_masks = entries.get(f"{mapper}.use_instance_mask", False)
     return Needs(
         num_classes=entries.get(classes_key),
-        num_classes_key=classes_key or "",
+        num_classes_key=classes_key,
         mask_format=entries.get(f"{mapper}.instance_mask_format", "polygon") if has_masks else None,
         mask_format_key=f"{mapper}.instance_mask_format",
     )

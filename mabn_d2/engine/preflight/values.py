@@ -29,7 +29,7 @@ from fvcore.common.registry import Registry
 from PIL import Image
 
 from ...layers.options import Accepted, is_integer, is_number
-from ...plugin import add_mabn_config
+from ...plugin import NORM_REGISTRY, add_mabn_config
 
 BOOLEAN = Accepted("True or False", lambda value: isinstance(value, bool))
 INTEGER = Accepted("an integer", is_integer)
@@ -130,7 +130,9 @@ _ACCEPTED: dict[str, Accepted] = {
     "MODEL.BACKBONE.NAME": name_in(BACKBONE_REGISTRY),
     "MODEL.DEVICE": DEVICE,
     "MODEL.FPN.FUSE_TYPE": one_of("sum", "avg"),
+    "MODEL.MBN.DOUBLE_FORWARD": BOOLEAN,
     "MODEL.META_ARCHITECTURE": name_in(META_ARCH_REGISTRY),
+    "MODEL.NORM_BATCH_SIZE": NON_NEGATIVE_INTEGER,
     "MODEL.PANOPTIC_FPN.COMBINE.ENABLED": Accepted(
         "True, for Detectron2 does not use it", lambda value: value is True
     ),
@@ -226,7 +228,7 @@ def accepted_by(key: str, default: Any) -> Accepted:
 
     Args:
         key: dotted.
-        default: its value in Detectron2's defaults.
+        default: its value in the defaults.
     """
     if key in _ACCEPTED:
         return _ACCEPTED[key]
@@ -252,14 +254,17 @@ def leaves(cfg: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def check_values(cfg: CfgNode) -> None:
     """
     Raises:
-        ValueError: a key of Detectron2 has a value that it does not accept, or is missing. Keys that
-            neither Detectron2 nor this package has are left to those who have added them.
+        ValueError: a key has a value that it does not accept, or is missing. The options of norms are
+            left to :func:`mabn_d2.plugin.norm_options`, keys that somebody else has added to them.
     """
     defaults = get_cfg()
     add_mabn_config(defaults)
     _check_groups(cfg, defaults)
     values = dict(leaves(cfg))
-    for key, default in leaves(get_cfg()):
+    norms = tuple(f"MODEL.{name}." for name, _ in NORM_REGISTRY)
+    for key, default in leaves(defaults):
+        if key.startswith(norms) and key not in _ACCEPTED:
+            continue
         accepted = accepted_by(key, default)
         if not accepted.test(values[key]):
             raise ValueError(f"{key} must be {accepted.words}, got {values[key]!r}")
