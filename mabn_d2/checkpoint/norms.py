@@ -17,6 +17,7 @@ _TOLD_BY = {
     "running_var": "MABN",
     "weight": "GN",
 }
+_RING_BUFFERS = ("psi", "second_moment", "memory")
 _PER_LEVEL = " per feature level"
 
 
@@ -56,8 +57,9 @@ def _function(norm: str) -> str:
 
 def _split(key: str) -> tuple[str, str]:
     """`conv1.norm.psi.count` -> (`conv1.norm`, `psi.count`)."""
-    entry = re.search(r"((?:psi|second_moment|memory)\.)?[^.]+$", key)[0]
-    return key[: -len(entry)].rstrip("."), entry
+    name, _, entry = key.rpartition(".")
+    outer, _, last = name.rpartition(".")
+    return (outer, f"{last}.{entry}") if last in _RING_BUFFERS else (name, entry)
 
 
 def norm_of(state_dict: StateDict) -> str:
