@@ -202,7 +202,7 @@ def _from_main_worker(function: Callable[[], Any]) -> Any:
     results: list[Any] = [None, None]
     if comm.is_main_process():
         try:
-            results[0] = function()
+            result = [function()]
         except (OSError, ValueError) as error:
             results[1] = error
     distributed.broadcast_object_list(results, src=0, group=comm._get_global_gloo_group())

@@ -80,7 +80,7 @@ class Norm2d(Statistics):
 
     def _stay_whole(self, x: fx.Proxy) -> fx.Proxy:
         """For `torch.fx`, which looks into every module that is not PyTorch's: this one is called."""
-        name = x.tracer.path_of_module(self)
+        name = x.tracer.path_of_module(self)  # type: ignore[attr-defined]
         if name == "":  # the norm itself is what is traced
             return self._evaluate(x)
         return x.tracer.create_proxy("call_module", name, (x,), {})

@@ -1,6 +1,9 @@
 """What runs around an operator decides which form of it is used."""
 
+import functools
+import os
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -29,3 +32,26 @@ def constant(
     if key not in _constants:
         _constants[key] = make(*args, dtype=dtype, device=device)
     return _constants[key]
+
+
+def triton_for(vector: torch.Tensor) -> ModuleType | None:
+    """
+    The Triton kernels, if an operation on this vector is to use them.
+
+    That is on CUDA, in float32 and in eager mode, where Triton can be imported and MABN_D2_TRITON is not 0 in the
+    environment.
+    """
+    if vector.is_cuda and vector.dtype == torch.float32 and is_eager():
+        return _import_triton(os.environ.get("MABN_D2_TRITON", "1"))
+    return None
+
+
+@functools.cache
+def _import_triton(switch: str) -> ModuleType | None:
+    if switch == "0":
+        return None
+    try:
+        from . import triton_vectors
+    except ImportError:
+        return None
+    return triton_vectors

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .modes import constant
+from .modes import constant, triton_for
 
 
 def is_finite(statistics: torch.Tensor) -> torch.Tensor:
@@ -150,6 +150,14 @@ def mabn_forward_factors(
         renorm_start_iter: the last iteration with r = 1; None is never.
         renorm_clip, momentum, eps: λ, 1 - α and ε of :class:`MABN2d`.
     """
+    kernels = triton_for(values) if len(second_moment) == 1 else None
+    if kernels is not None:
+        return ForwardFactors(
+            *kernels.mabn_forward_factors(
+                second_moment, values, count, running_var, weight, warmup_iters, renorm_start_iter,
+                renorm_clip, momentum, eps,
+            )
+        )  # fmt: skip
     moving = record_and_average(second_moment, values, count, warmup_iters)
     if len(moving) == 1:
         squared, running = torch._foreach_add([moving, running_var[None]], eps)
@@ -200,6 +208,11 @@ def mabn_backward_slope(
     Returns:
         ψ̄ / (χ̄² + ε), shape (G, C).
     """
+    kernels = triton_for(values) if len(sum_dz) == 1 else None
+    if kernels is not None:
+        return kernels.mabn_backward_slope(
+            sum_dz, num_values, squared, weight, loss_scale, values, count, warmup_iters
+        )
     psi = (sum_dz if weight is None else sum_dz * weight) / num_values
     if loss_scale is not None:
         psi = psi / loss_scale

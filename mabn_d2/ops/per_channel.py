@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from .modes import constant, is_eager
+from .modes import constant, is_eager, triton_for
 
 
 def second_moment_about(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -160,6 +160,9 @@ def as_product(scale: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, 
     Where a channel is off, `scale` is 0 while `slope` need not be. The factor then is 1e-20·slope: x's term is
     right, d's is wrong by 1e-20 of it, far below the rounding. Where both are 0, both results are.
     """
+    kernels = triton_for(scale)
+    if kernels is not None:
+        return kernels.as_product(scale, slope)
     factor = torch.add(scale, slope, alpha=1e-20)
     return factor, (slope / factor).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -174,7 +177,8 @@ def add_affine_(
         total, x: shape (N, C, H, W), of one dtype.
         scale, shift: shape (C,), at least float32. The map is computed in this type.
     """
-    if x.dtype == scale.dtype or x.is_cuda:  # a CUDA kernel converts as it reads
+    # A CUDA kernel converts as it reads; but with a shift the sum would be rounded twice.
+    if x.dtype == scale.dtype or (x.is_cuda and shift is None):
         total.addcmul_(x, scale[:, None, None])
         return total if shift is None else total.add_(shift[:, None, None])
     return total.add_(affine_map(x, torch.zeros_like(scale), scale, shift))

@@ -37,17 +37,8 @@ with_and_without_gradient = pytest.mark.parametrize("needs_x", [True, False], id
 @every_dtype
 @with_and_without_gradient
 def test_output_and_gradient_have_the_inputs_dtype_and_layout_and_nobody_waits(
-    request, norm, norm_batch_size, extent, layout, dtype, needs_x
+    norm, norm_batch_size, extent, layout, dtype, needs_x
 ):
-    if (norm, norm_batch_size, extent, layout, needs_x) == (
-        "MABN",
-        0,
-        "full",
-        "channels_last",
-        True,
-    ):
-        reason = "MABN's gradient comes back in NCHW"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
     module = build(norm, norm_batch_size).cuda()
     x = to_device(build_input(extent, dtype, layout))
 
@@ -73,10 +64,7 @@ def test_output_and_gradient_have_the_inputs_dtype_and_layout_and_nobody_waits(
 
 @every_norm
 @every_norm_batch_size
-def test_nobody_waits_under_deterministic_algorithms(request, norm, norm_batch_size):
-    if norm in ("MABN", "MBN") and torch.__version__.startswith("2.3"):
-        reason = "index_copy_ waits for the device there"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_nobody_waits_under_deterministic_algorithms(norm, norm_batch_size):
     module, x = build(norm, norm_batch_size).cuda(), build_input("full").cuda().requires_grad_()
     torch.use_deterministic_algorithms(True)
     try:

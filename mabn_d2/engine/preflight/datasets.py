@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -98,7 +98,7 @@ def check_training_data(name: str, key: str, needs: Needs, hand_over: bool = Fal
     return _unused_classes(name, needs, highest)
 
 
-def _hand_over(name: str, dicts: list) -> None:
+def _hand_over(name: str, dicts: Sequence) -> None:
     """The catalog gives the next reader these, and the one after it what it gave before."""
     read = DatasetCatalog.pop(name)
 
