@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import warnings
 from collections.abc import Callable
 from typing import IO
 
@@ -45,7 +46,9 @@ def export_detector(
         )
     if format not in FORMATS:
         raise ValueError(f"format: {format!r} is not known, accepted are {', '.join(FORMATS)}")
-    with atomic_write(os.fspath(path)) as file, torch.no_grad():
+    with atomic_write(os.fspath(path)) as file, torch.no_grad(), warnings.catch_warnings():
+        # Of Detectron2's assertions and of numbers that are the same for every image.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
         FORMATS[format](fold(model), file, image)
 
 
