@@ -5,7 +5,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from typing import IO
+from typing import IO, Any
 
 import torch
 from detectron2.export import TracingAdapter, scripting_with_instances
@@ -74,7 +74,7 @@ def _trace(model: nn.Module, file: IO[bytes], image: torch.Tensor) -> None:
 def _onnx(model: nn.Module, file: IO[bytes], image: torch.Tensor) -> None:
     adapter, names = _traceable(model, image)
     sizes = {name: {0: "detections"} for name in names if name != "image_size"}
-    options = {"dynamic_axes": {"image": {1: "height", 2: "width"}, **sizes}}
+    options: dict[str, Any] = {"dynamic_axes": {"image": {1: "height", 2: "width"}, **sizes}}
     if "dynamo" in inspect.signature(torch.onnx.export).parameters:
         options["dynamo"] = False  # the other exporter does not know torchvision's operators
     torch.onnx.export(
