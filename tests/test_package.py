@@ -78,7 +78,7 @@ def test_below_the_line_nothing_imports_detectron2_or_what_needs_it(room):
 # Distributions whose modules have another name.
 MODULES = {"opencv-python": "cv2", "Pillow": "PIL", "PyYAML": "yaml"}
 # Asked for where it is needed: Detectron2 itself, and what only pictures are drawn with.
-OPTIONAL = {"detectron2", "matplotlib"}
+OPTIONAL = {"detectron2", "matplotlib", "triton"}
 
 
 def declared(text, opening):
