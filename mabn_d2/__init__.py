@@ -9,7 +9,7 @@ work for any PyTorch model.
 import importlib.util
 
 from .layers import BRN2d, CenConv2d, MABN2d, MBN2d
-from .surgery import centralize, convert, fold, set_norm_batch_size
+from .surgery import centralize, convert, fold, from_bn, set_norm_batch_size
 from .training import DoubleForward
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "centralize",
     "convert",
     "fold",
+    "from_bn",
     "install",
     "set_norm_batch_size",
     "uninstall",

@@ -110,7 +110,7 @@ def test_weights_of_a_part_of_a_model_say_nothing_of_the_norms_of_the_rest(tmp_p
 
 
 @pytest.mark.parametrize("norm, warns", [
-    ("FrozenBN", False), ("BN", False), ("MABN", True), ("GN", True), ("", True),
+    ("FrozenBN", False), ("BN", False), ("MABN", False), ("GN", True), ("", True),
 ])  # fmt: skip
 def test_folded_bn_of_caffe2_is_told_from_gn(norm, warns, tmp_path, caplog):
     blobs = {"conv1_w": torch.rand(64, 3, 7, 7).numpy(), "res_conv1_bn_s": torch.rand(64).numpy(),

@@ -38,7 +38,7 @@ def main(args):
         torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_world_size()))
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(
+        Checkpointer(model, cfg.OUTPUT_DIR, weights_import=cfg.MODEL.WEIGHTS_IMPORT).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
         results = Trainer.test(cfg, model)

@@ -1,7 +1,7 @@
 """Checkpoints, and other people's weights as ours."""
 
 from ..utils import needs_detectron2  # noqa: F401
-from .checkpointer import Checkpointer, last_checkpoint
+from .checkpointer import WEIGHTS_IMPORT, Checkpointer, last_checkpoint
 from .convert import SOURCES, check_destination, load_weights, save_weights
 from .describe import Match, config_lines, describe, match_model
 from .reading import read_checkpoint
@@ -9,6 +9,7 @@ from .sources import Weights
 
 __all__ = [
     "SOURCES",
+    "WEIGHTS_IMPORT",
     "Checkpointer",
     "Match",
     "Weights",

@@ -11,25 +11,26 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import _strip_prefix_if_present
-from torch import distributed
+from torch import distributed, nn
 
+from ..surgery.weights import has_statistics
 from ..utils.files import atomic_write
 from .matching import Matched, match_to_model
 from .reading import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS_IMPORT = ("exact", "adapt", "as_is")
 _MABN_NEEDS = (
-    " MABN needs weights that were trained with MABN and centralized kernels: with others expect to lose "
-    "about half of the AP. tools/convert_weights.py converts MABN weights of other code; without such "
-    "weights train from scratch."
+    " MABN centralizes their kernels and does not center: that is kept with MODEL.WEIGHTS_IMPORT "
+    "(train.weights_import) 'exact' where the weights are those of BN or of no norm."
 )
 _MABN_HAS = " MABN's kernels are centralized where they are used, not in the file."
 
 
 class Checkpointer(DetectionCheckpointer):
     """
-    A `DetectionCheckpointer` that differs in five points.
+    A `DetectionCheckpointer` that differs in six points.
 
     1. It writes to local disk such that a job killed at any moment leaves the last complete checkpoint,
        and a `last_checkpoint` that names it.
@@ -38,7 +39,39 @@ class Checkpointer(DetectionCheckpointer):
     4. Where the weights were trained with another norm, so that the model computes another function, it
        says so.
     5. To resume, all workers load what the first one reads: machines need not share a disk.
+    6. Weights of BN, of an affine map or of no norm keep their function in the norms of this package, and
+       those of MABN in BN, see :func:`mabn_d2.surgery.from_bn`.
+
+    Attributes:
+        unmeasured: names of the norms whose statistics a trainer takes from its data before it begins.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        weights_import: str = "exact",
+        **options,
+    ):
+        """
+        Args:
+            weights_import: what norms do with weights of other norms: "exact", as above; "as_is", they load
+                what has the right name; "adapt", the same, and a trainer re-estimates all statistics. A
+                resumed run loads what it saved.
+            options: of `DetectionCheckpointer`.
+
+        Raises:
+            ValueError: `weights_import` is another.
+        """
+        if weights_import not in WEIGHTS_IMPORT:
+            accepted = ", ".join(map(repr, WEIGHTS_IMPORT))
+            raise ValueError(
+                f"weights_import: {weights_import!r} is not known, accepted are {accepted}"
+            )
+        super().__init__(model, save_dir, **options)
+        self.weights_import = weights_import
+        self.unmeasured: list[str] = []
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """
@@ -54,7 +87,12 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not path:
             return super().load(path)
-        return self._restore(path, self._read(path), checkpointables)
+        exact = self.weights_import == "exact"
+        rest = self._restore(path, self._read(path), checkpointables, exact)
+        if self.weights_import == "adapt":
+            modules = self.model.named_modules()
+            self.unmeasured = [name for name, module in modules if has_statistics(module)]
+        return rest
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """
@@ -114,7 +152,11 @@ class Checkpointer(DetectionCheckpointer):
         return data if "model" in data else {"model": data}
 
     def _restore(
-        self, path: str, checkpoint: dict[str, Any], checkpointables: list[str] | None
+        self,
+        path: str,
+        checkpoint: dict[str, Any],
+        checkpointables: list[str] | None,
+        exact: bool = False,
     ) -> dict[str, Any]:
         """Loads the model and what else is asked for; returns the rest."""
         checkpoint = dict(checkpoint)
@@ -126,7 +168,9 @@ class Checkpointer(DetectionCheckpointer):
             state_dict,
             by_end=checkpoint.pop("matching_heuristics", False),
             caffe2=checkpoint.get("__author__") == "Caffe2",
+            exact=exact,
         )
+        self.unmeasured = matched.imported.affine if matched.imported else []
         _log_match(path, matched)
         checkpoint["model"] = matched.state_dict
         self._log_incompatible_keys(self._load_model(checkpoint))
@@ -181,11 +225,18 @@ def last_checkpoint(folder: str) -> str:
 
 
 def _log_match(path: str, matched: Matched) -> None:
-    """At most one line on the ring buffers, and one for each pair of norms."""
+    """At most one line on the ring buffers, one on what was imported, and one for each pair of norms."""
     if matched.ring_buffers:
         changes = [f"{number} {change}" for change, number in matched.ring_buffers.items()]
         level = logging.WARNING if "anew" in str(changes) else logging.INFO
         logger.log(level, "%s: of the norms' ring buffers %s", path, "; ".join(changes))
+    imported = matched.imported
+    if imported and (imported.with_statistics or imported.affine):
+        logger.info("%s: %s", path, imported)
+    for name, reason in imported.refused.items() if imported else ():
+        logger.warning(
+            "%s: %s does not keep the function of the file's norm: %s", path, name, reason
+        )
     for (theirs, ours), names in matched.foreign_norms.items():
         logger.warning(
             "%s holds weights of another norm: %s for %d layers that have %s (%s%s). They compute another "
@@ -199,14 +250,13 @@ def _from_main_worker(function: Callable[[], Any]) -> Any:
     """What the first worker's call of the function returns or raises, on all workers."""
     if comm.get_world_size() == 1:
         return function()
-    results: list[Any] = [None, None]
+    result: list[Any] = [None]
     if comm.is_main_process():
         try:
             results[0] = function()
         except (OSError, ValueError) as error:
-            results[1] = error
-    distributed.broadcast_object_list(results, src=0, group=comm._get_global_gloo_group())
-    value, raised = results
-    if raised is not None:
-        raise raised
-    return value
+            result = [error]
+    distributed.broadcast_object_list(result, src=0, group=comm._get_global_gloo_group())
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]

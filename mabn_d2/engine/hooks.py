@@ -40,6 +40,13 @@ def update_norm_statistics(model: nn.Module, batches: Iterable, num_iters: int) 
             raise ValueError(f"Statistics over {num_iters} batches were asked for, got {count}")
 
 
+def statistics_batches(trainer: TrainerBase) -> Iterable:
+    """Batches of a trainer's training data, drawn for its iteration beside those that it trains on."""
+    if isinstance(trainer.train_loader, ResumableLoader):
+        return trainer.train_loader.replica(seed_from(trainer.seed, trainer.iter))
+    return trainer.build_train_loader(trainer.cfg)
+
+
 class PreciseStatistics(HookBase):
     """
     `TEST.PRECISE_BN` for all norms: recomputes their running statistics before evaluation.
@@ -61,13 +68,7 @@ class PreciseStatistics(HookBase):
         trainer = self.trainer
         next_iter = trainer.iter + 1
         if next_iter == trainer.max_iter or (self._period > 0 and next_iter % self._period == 0):
-            update_norm_statistics(trainer.model, self._batches(), self._num_iters)
-
-    def _batches(self) -> Iterable:
-        trainer = self.trainer
-        if isinstance(trainer.train_loader, ResumableLoader):
-            return trainer.train_loader.replica(seed_from(trainer.seed, trainer.iter))
-        return trainer.build_train_loader(trainer.cfg)
+            update_norm_statistics(trainer.model, statistics_batches(trainer), self._num_iters)
 
 
 class SyncNormStatistics(HookBase):

@@ -25,6 +25,7 @@ from .resumable import ResumableTrainer
 _PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 # What the trainer takes beyond the `train` of Detectron2's configs/common/train.py.
 _DEFAULTS = {
+    "weights_import": "exact",  # or "adapt" or "as_is", see mabn_d2.checkpoint.Checkpointer
     "seed": -1,  # of all random choices; a negative one stands for a random seed
     "double_forward": True,  # whether MBN, where it is in the model, renews its memory after each step
     # Whether the running statistics are recomputed before evaluation, and over how many batches.
@@ -96,7 +97,7 @@ class LazyTrainer(ResumableTrainer):
         lr_multiplier: to a fvcore `ParamScheduler`
         train: output_dir, init_checkpoint, max_iter, amp.enabled, ddp, checkpointer, eval_period,
             log_period, device as in Detectron2's configs/common/train.py, and what
-            :func:`load_lazy_config` adds: seed, double_forward, precise_bn
+            :func:`load_lazy_config` adds: weights_import, seed, double_forward, precise_bn
 
     Data loaders of this package and Detectron2's for detection resume where they were; any other
     starts anew.
@@ -120,6 +121,7 @@ class LazyTrainer(ResumableTrainer):
             max_iter=cfg.train.max_iter,
             output_dir=cfg.train.output_dir,
             weights=cfg.train.init_checkpoint,
+            weights_import=cfg.train.weights_import,
             amp=cfg.train.amp.enabled,
             **cfg.train.ddp,
         )

@@ -1,5 +1,7 @@
 """What the trainers for yacs configs and for LazyConfigs have in common."""
 
+import itertools
+import logging
 import random
 import weakref
 from collections.abc import Iterable
@@ -10,10 +12,17 @@ import torch
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from ..checkpoint import Checkpointer
+from ..surgery import measure_statistics
+from ..training import average_norm_statistics
 from ..utils.random import seed_from
+from .hooks import statistics_batches, update_norm_statistics
+
+logger = logging.getLogger(__name__)
+STATISTICS_ITERS = 50  # training batches for the statistics that weights do not hold
 
 
 class ResumableTrainer(DefaultTrainer):
@@ -39,6 +48,7 @@ class ResumableTrainer(DefaultTrainer):
         max_iter: int,
         output_dir: str,
         weights: str,
+        weights_import: str,
         amp: bool,
         **ddp_options,
     ):
@@ -48,6 +58,7 @@ class ResumableTrainer(DefaultTrainer):
             seed: of all random choices; a negative one stands for a random seed, which is saved in
                 the checkpoints.
             weights: what training starts from if it does not resume; "" for the initialization.
+            weights_import: as of :class:`mabn_d2.checkpoint.Checkpointer`.
             amp: whether to train in mixed precision.
             ddp_options: of `create_ddp_model`.
         """
@@ -61,7 +72,9 @@ class ResumableTrainer(DefaultTrainer):
         model = create_ddp_model(model, **ddp_options)
         trainer_class = AMPTrainer if amp else SimpleTrainer
         self._trainer = trainer_class(model, train_loader, optimizer)
-        self.checkpointer = Checkpointer(model, output_dir, trainer=weakref.proxy(self))
+        self.checkpointer = Checkpointer(
+            model, output_dir, weights_import=weights_import, trainer=weakref.proxy(self)
+        )
         self.start_iter = 0
         self.max_iter = max_iter
         self._place_loader()
@@ -70,7 +83,8 @@ class ResumableTrainer(DefaultTrainer):
         """
         Loads the last checkpoint of the output folder and goes on from there, or the weights.
 
-        All workers go on from the checkpoint that the first one finds.
+        All workers go on from the checkpoint that the first one finds. Statistics that weights do not hold
+        are measured on `STATISTICS_ITERS` training batches.
 
         Args:
             resume: whether to look for a checkpoint.
@@ -80,17 +94,47 @@ class ResumableTrainer(DefaultTrainer):
         """
         self.checkpointer.resume_or_load(self.weights, resume=resume)
         self._place_loader()
+        if self.checkpointer.unmeasured:
+            self._estimate_statistics()
+
+    def _estimate_statistics(self) -> None:
+        """What `weights_import` leaves to the training data."""
+        model, unmeasured = self.checkpointer.model, self.checkpointer.unmeasured
+        self.iter = -1  # the batches are none of training's
+        self._seed()
+        batches = itertools.islice(statistics_batches(self), STATISTICS_ITERS)
+        if self.checkpointer.weights_import == "adapt":
+            update_norm_statistics(model, batches, STATISTICS_ITERS)
+            average_norm_statistics(model)
+            left = []
+        else:
+            with EventStorage():  # what the model logs is not training's
+                left = measure_statistics(model, unmeasured, batches)
+        self.iter = self.start_iter
+        logger.info(
+            "The statistics of %d norms are those of %d training batches",
+            len(unmeasured) - len(left), STATISTICS_ITERS,
+        )  # fmt: skip
+        if left:
+            logger.warning(
+                "The statistics of %d norms could not be measured: they saw nothing, or are one of several per "
+                "feature level. They start at mean 0 and variance 1: %s", len(left), ", ".join(left),
+            )  # fmt: skip
 
     def _place_loader(self) -> None:
         if hasattr(self.train_loader, "start_iter"):
             loader: Any = self.train_loader
             loader.seed, loader.start_iter = self.seed, self.start_iter
 
-    def run_step(self) -> None:
+    def _seed(self) -> None:
+        """Makes all random choices those of the seed, the worker and the iteration."""
         torch_seed = seed_from(self.seed, comm.get_rank(), self.iter)
         random.seed(torch_seed)
         np.random.seed(torch_seed)
         torch.manual_seed(torch_seed)
+
+    def run_step(self) -> None:
+        self._seed()
         super().run_step()
 
     def state_dict(self):

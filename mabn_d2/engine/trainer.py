@@ -65,6 +65,7 @@ class Trainer(ResumableTrainer):
             max_iter=cfg.SOLVER.MAX_ITER,
             output_dir=cfg.OUTPUT_DIR,
             weights=cfg.MODEL.WEIGHTS,
+            weights_import=cfg.MODEL.get("WEIGHTS_IMPORT", "exact"),
             amp=cfg.SOLVER.AMP.ENABLED,
             broadcast_buffers=False,
         )

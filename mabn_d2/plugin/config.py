@@ -12,7 +12,8 @@ from .registry import NORM_REGISTRY, check_norm_names, norm_options
 
 def add_mabn_config(cfg: CfgNode) -> None:
     """
-    Adds `MODEL.<NAME>` with the options of each registered norm, and `MODEL.NORM_BATCH_SIZE`.
+    Adds `MODEL.<NAME>` with the options of each registered norm, `MODEL.NORM_BATCH_SIZE`
+    and `MODEL.WEIGHTS_IMPORT`.
 
     What an option does stands at the class of the norm, like :class:`mabn_d2.layers.MABN2d`. What
     the config has keeps its value, so norms that are registered later come in by calling this again.
@@ -36,6 +37,10 @@ def add_mabn_config(cfg: CfgNode) -> None:
     # Images of a worker that a norm takes its statistics from; with 2, a norm sees 16 images as 8
     # batches of 2 in turn. 0 stands for all. Norms in RoI heads, whose batches are regions, see all.
     cfg.MODEL.setdefault("NORM_BATCH_SIZE", 0)
+    # What norms do with weights of other norms: "exact", they keep the function of BN, of an affine map or of
+    # no norm; "as_is", they load what has the right name; "adapt", the same, and training starts with
+    # statistics of its own data. A resumed run loads what it saved.
+    cfg.MODEL.setdefault("WEIGHTS_IMPORT", "exact")
 
     # The ℓ2 norms of the batch statistics of norms, into metrics.json and TensorBoard.
     statistics = cfg.setdefault("STATISTICS", CfgNode())

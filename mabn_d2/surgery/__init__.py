@@ -6,9 +6,11 @@ from .folding import fold, foldable_sites
 from .importing import import_batch_norm, keep_kernel_mean
 from .norm_batches import set_norm_batch_size
 from .sites import NormSite, find_norm_sites, needs_centralized_kernel
+from .weights import Imported, from_bn, import_state_dict, measure_statistics
 
 __all__ = [
     "CENTRALIZED_CLASSES",
+    "Imported",
     "NormSite",
     "centralize",
     "centralize_convolution",
@@ -17,8 +19,11 @@ __all__ = [
     "find_norm_sites",
     "fold",
     "foldable_sites",
+    "from_bn",
     "import_batch_norm",
+    "import_state_dict",
     "keep_kernel_mean",
+    "measure_statistics",
     "needs_centralized_kernel",
     "set_norm_batch_size",
 ]

@@ -6,16 +6,20 @@ from torch import nn
 from ..layers import BRN2d, CentralizedKernel, MABN2d, MBN2d
 
 
+def kernel_mean(convolution: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """The mean of each filter of a kernel for a convolution, shape (out_channels, 1, 1, 1)."""
+    if getattr(convolution, "transposed", False):  # (in, out / groups, kh, kw)
+        mean = weight.unflatten(0, (convolution.groups, -1)).mean(dim=(1, 3, 4))
+    else:
+        mean = weight.mean(dim=(1, 2, 3))
+    return mean.reshape(convolution.out_channels, 1, 1, 1)
+
+
 @torch.no_grad()
 def keep_kernel_mean(convolution: nn.Module) -> None:
     """Makes the kernel in use the loaded one, in place: the mean that each filter has becomes m₀."""
     if isinstance(convolution, CentralizedKernel) and convolution.centralized:
-        weight = convolution.weight
-        if getattr(convolution, "transposed", False):  # (in, out / groups, kh, kw)
-            mean = weight.unflatten(0, (convolution.groups, -1)).mean(dim=(1, 3, 4))
-        else:
-            mean = weight.mean(dim=(1, 2, 3))
-        convolution.kernel_mean.copy_(mean.view_as(convolution.kernel_mean))
+        convolution.kernel_mean.copy_(kernel_mean(convolution, convolution.weight))
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """Statistics of norms over many batches with fixed weights."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -32,6 +33,15 @@ class _PopulationMoments:
         self.var += share * (var - self.var + (1 - share) * difference.square())
         self.mean += share * difference
         self.count += count
+
+    def add_workers(self) -> None:
+        """Combines the moments of all workers, weighted with what each has seen."""
+        sums = torch.stack([torch.ones_like(self.mean), self.mean, self.var + self.mean.square()])
+        sums *= self.count
+        dist.all_reduce(sums)
+        self.count = int(sums[0, 0])
+        self.mean = sums[1] / max(self.count, 1)
+        self.var = (sums[2] / max(self.count, 1) - self.mean.square()).clamp(min=0)
 
 
 def _gathers_statistics(module: nn.Module) -> bool:
@@ -72,3 +82,30 @@ def population_statistics(model: nn.Module) -> Iterator[None]:
         elif moment.count:
             norm.running_mean.copy_(moment.mean)
             norm.running_var.copy_(moment.var)
+
+
+@contextlib.contextmanager
+def input_moments(
+    norms: Mapping[str, nn.Module],
+) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """
+    The moments of what norms are called with in the block, over all workers.
+
+    Args:
+        norms: name -> norm with `num_features` and `running_var`; it is not changed.
+
+    Yields:
+        a dictionary that is filled on leaving: name -> mean and biased variance, float64, shape (C,).
+        A norm that saw no value is not in it.
+    """
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    moments = {name: _PopulationMoments(norm) for name, norm in norms.items()}
+    with contextlib.ExitStack() as stack:
+        for name, norm in norms.items():
+            stack.callback(norm.register_forward_pre_hook(moments[name]).remove)
+        yield found
+    for name, moment in moments.items():
+        if dist.is_available() and dist.is_initialized():
+            moment.add_workers()
+        if moment.count:
+            found[name] = moment.mean, moment.var

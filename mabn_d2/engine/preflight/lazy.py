@@ -12,6 +12,7 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ...checkpoint import WEIGHTS_IMPORT
 from ...layers.options import Accepted
 from ...plugin.registry import check_norm_name
 from ...plugin.scaling import check_lazy_batch, lazy_scaling_notice, scale_lazy_config
@@ -37,6 +38,7 @@ from .values import (
 _ACCEPTED: dict[str, Accepted] = {
     "train.output_dir": NON_EMPTY_STRING,
     "train.init_checkpoint": STRING,
+    "train.weights_import": one_of(*WEIGHTS_IMPORT),
     "train.max_iter": POSITIVE_INTEGER,
     "train.amp.enabled": BOOLEAN,
     "train.checkpointer.period": POSITIVE_INTEGER,

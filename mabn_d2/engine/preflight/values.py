@@ -28,6 +28,7 @@ from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY
 from fvcore.common.registry import Registry
 from PIL import Image
 
+from ...checkpoint import WEIGHTS_IMPORT
 from ...layers.options import Accepted, is_integer, is_number
 from ...plugin import NORM_REGISTRY, add_mabn_config
 
@@ -153,6 +154,7 @@ _ACCEPTED: dict[str, Accepted] = {
     "MODEL.RPN.BOUNDARY_THRESH": NUMBER,
     "MODEL.RPN.CONV_DIMS": list_of(either(POSITIVE_INTEGER, one_of(-1))),
     "MODEL.RPN.HEAD_NAME": name_in(RPN_HEAD_REGISTRY),
+    "MODEL.WEIGHTS_IMPORT": one_of(*WEIGHTS_IMPORT),
     "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": INTEGER,
     "MODEL.SEM_SEG_HEAD.NAME": name_in(SEM_SEG_HEADS_REGISTRY),
     "SOLVER.BASE_LR": POSITIVE_NUMBER,
