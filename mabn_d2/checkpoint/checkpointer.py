@@ -253,7 +253,7 @@ def _from_main_worker(function: Callable[[], Any]) -> Any:
     result: list[Any] = [None]
     if comm.is_main_process():
         try:
-            results[0] = function()
+            result = [function()]
         except (OSError, ValueError) as error:
             result = [error]
     distributed.broadcast_object_list(result, src=0, group=comm._get_global_gloo_group())
