@@ -167,8 +167,8 @@ def test_the_report_has_a_table_of_each_file_and_ratios_to_bn(tmp_path):
             for norm, ms in [("BN", "100"), ("MABN", "102.5")]
         ],
         "inference.csv": [
-            dict(batch="1", dtype="float32", norm=norm, median_ms=ms, iterations_per_s="9")
-            for norm, ms in [("BN folded", "2"), ("GN", "4")]
+            dict(batch="1", dtype="float32", network=name, median_ms=ms, iterations_per_s="9")
+            for name, ms in [("BN folded", "2"), ("GN", "4")]
         ],
         "accuracy.csv": [dict(norm="GN", images="2", box_ap="20.94", mask_ap="16.1", seconds="9")],
     }  # fmt: skip
@@ -189,7 +189,7 @@ def test_the_report_has_a_table_of_each_file_and_ratios_to_bn(tmp_path):
         "| MABN | 2 | 6.000 | 2.00 | 6.000 | 2.00 | 50 % | 1.00 |",
         "| MABN | off | 102.5 | 1.0 | 2.0 | 1.025 | 2.00 | 4.00 |",
         "| BRN | on | out of memory |",
-        "| 1 | float32 | GN | 4.000 | 9.0 | 0.50 |",
+        "| 1 | float32 | GN | 4.000 | 9.0 | 2.000 |",
         "| GN | 2 |  |  | 20.9 | 16.1 | 9.0 |",
     ]:
         assert line in report, line

@@ -140,27 +140,16 @@ def _training(rows: Rows) -> list[str]:
 
 
 def _inference(rows: Rows) -> list[str]:
-    header = ["batch", "dtype", "norm", "ms", "iterations / s", "of BN folded"]
-    reference = {
-        (row["batch"], row["dtype"]): float(row["median_ms"])
-        for row in rows
-        if row["norm"] == "BN folded"
-    }
+    header = ["batch", "dtype", "network", "ms", "iterations / s", "time / BN folded"]
     lines = []
-    for row in rows:
-        bn = reference.get((row["batch"], row["dtype"]))
-        share = f"{bn / float(row['median_ms']):.2f}" if bn else ""
-        speed = f"{float(row['iterations_per_s']):.1f}"
-        lines.append(
-            [
-                row["batch"],
-                row["dtype"],
-                row["norm"],
-                f"{float(row['median_ms']):.3f}",
-                speed,
-                share,
-            ]
-        )
+    for _, group in _groups(rows, "batch", "dtype"):
+        times = {row["network"]: float(row["median_ms"]) for row in group}
+        lines += [
+            [row["batch"], row["dtype"], row["network"], f"{times[row['network']]:.3f}"]
+            + [f"{float(row['iterations_per_s']):.1f}"]
+            + [f"{times[row['network']] / times['BN folded']:.3f}"]
+            for row in group
+        ]
     return ["ResNet-50 on images of 224x224.", "", *table(header, lines)]
 
 
