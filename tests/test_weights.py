@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
@@ -130,21 +131,41 @@ def test_torchvision_models_give_the_same_features(convert, tmp_path, name, opti
     destination = tmp_path / "dst.pth"
     status, out, _ = convert(tmp_path / "src.pth", destination, "--from", "torchvision")
     assert status == 0
-    assert "about half of the AP" in " ".join(out.split())
+    assert FOREIGN_NORM_NOTE in out
     lines = re.search(r"config:\n(.*?)\n\n", out, flags=re.S)[1]
     assert "PIXEL_STD: [58.395, 57.12, 57.375]" in lines and "FORMAT: RGB" in lines
     model = assert_same_backbone(source, destination, lines)
     assert model.backbone.bottom_up.stem.conv1.norm.num_batches_tracked == 7
 
 
-def test_bn_weights_are_reported_as_foreign_when_mabn_loads_them(tmp_path, caplog):
-    source = torchvision.models.resnet18(num_classes=3).state_dict()
-    converted = convert_torchvision(source, "src.pth")
-    assert converted.norm == "BN" and FOREIGN_NORM_NOTE in converted.notes
-    weights.save_weights(converted, str(tmp_path / "dst.pth"))
-    model = build_model(small_config())
-    Checkpointer(model).load(str(tmp_path / "dst.pth"))
-    assert len(foreign_warnings(caplog)) == 1
+@pytest.mark.parametrize("stock", [True, False])
+def test_weights_of_bn_become_those_of_mabn_without_a_model(convert, tmp_path, caplog, stock):
+    source = randomize(torchvision.models.resnet18(num_classes=3))
+    for module in source.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+    torch.save(source.state_dict(), tmp_path / "src.pth")
+    destination = tmp_path / "dst.pth"
+    options = ("--from", "torchvision", "--norm", "MABN")
+    status, out, _ = convert(tmp_path / "src.pth", destination, *options)
+    assert status == 0 and "norm MABN" in out and FOREIGN_NORM_NOTE not in out
+    model = build_model(small_config("MODEL.RESNETS.STRIDE_IN_1X1", False)).eval()
+    (DetectionCheckpointer if stock else Checkpointer)(model).load(str(destination))
+    assert not foreign_warnings(caplog)
+    images = torch.randn(2, 3, 64, 64)
+    x = source.maxpool(source.relu(source.bn1(source.conv1(images))))
+    expected = source.layer4(source.layer3(source.layer2(source.layer1(x))))
+    features = model.backbone.bottom_up(images)["res5"]
+    assert (features - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_weights_without_statistics_are_not_converted_without_training_data(convert, tmp_path):
+    source = torchvision.models.resnet18(num_classes=3)  # mean 0 and variance 1 are none
+    torch.save(source.state_dict(), tmp_path / "src.pth")
+    options = ("--from", "torchvision", "--norm", "MABN")
+    status, _, error = convert(tmp_path / "src.pth", tmp_path / "dst.pth", *options)
+    assert status == 2 and "src.pth holds norms without statistics" in error
+    assert not (tmp_path / "dst.pth").exists()
 
 
 def test_torchvision_names_with_mabn_of_this_package(tmp_path, caplog):

@@ -10,6 +10,7 @@ import sys
 
 from mabn_d2.checkpoint import (
     SOURCES,
+    as_mabn,
     check_destination,
     config_lines,
     describe,
@@ -34,6 +35,11 @@ def parse_arguments() -> argparse.Namespace:
         "--from", required=True, choices=SOURCES, dest="source", help="what wrote SRC"
     )
     parser.add_argument(
+        "--norm",
+        choices=["MABN"],
+        help="write weights of this norm that have the function of those of BN",
+    )
+    parser.add_argument(
         "--config-file", metavar="FILE", help="also compare with the model of this config"
     )
     return add_arguments(parser).parse_args()
@@ -45,6 +51,8 @@ def main() -> int:
         check_destination(arguments.dst)
         bring_in(arguments)
         weights = load_weights(arguments.src, arguments.source)
+        if arguments.norm:
+            weights = as_mabn(weights, arguments.src)
         match = None
         if arguments.config_file:
             cfg = load_config(arguments.config_file, ["MODEL.DEVICE", "cpu"])

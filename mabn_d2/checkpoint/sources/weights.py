@@ -10,9 +10,9 @@ from ..norms import norm_of
 
 StateDict = dict[str, torch.Tensor]
 FOREIGN_NORM_NOTE = (
-    "These weights were trained with BN. They are not for MABN, which needs weights that were "
-    "trained with MABN and centralized kernels: fine-tuning with BN weights loses about half of "
-    "the AP (https://github.com/megvii-model/MABN/issues/2)."
+    "These weights were trained with BN. In a model with MABN the trainers of this package keep their "
+    "function (MODEL.WEIGHTS_IMPORT exact). Other scripts load them as they are, which is another function: "
+    "convert with --norm MABN for those."
 )
 
 
