@@ -37,6 +37,12 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 4e-3, torc
 EXTENTS = ("full", "1x1", "empty", "sliced", "expanded")
 # Of 1100 iterations, of which each depends on those before.
 TRACE_TOLERANCE = {"float64": 1e-9, "float32": 1e-3}
+# Those in the trace.
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "conv": dict(padding=1),
+    "grouped": dict(padding=1, groups=2),
+    "strided": dict(stride=2),
+}
 TRITON = "MABN_D2_TRITON"
 
 
@@ -212,12 +218,7 @@ def compare_with_trace(trace: dict[str, np.ndarray], dtype: str, last_step: int)
     if last_step == max(steps):
         out = norm.eval()(torch.from_numpy(trace["eval/x"]).to(**like))
         errors.compare("output", out, torch.from_numpy(trace["eval/y"]))
-    options: dict[str, Any]
-    for name, options in [
-        ("conv", dict(padding=1)),
-        ("grouped", dict(padding=1, groups=2)),
-        ("strided", dict(stride=2)),
-    ]:
+    for name, options in CONVOLUTIONS.items():
         conv = CenConv2d(4, 8, 3, bias=False, **like, **options)
         conv.weight.data.copy_(torch.from_numpy(trace[f"{name}/w"]))
         x = torch.from_numpy(trace[f"{name}/x"]).to(**like).requires_grad_()
