@@ -117,11 +117,16 @@ gpu:
 	PYTHONPATH=.:gpu-bundle:$$PYTHONPATH $(PYTHON) tools/benchmark_gpu.py $(STAGE) --out $(OUT) \
 		$(if $(RELEASE),--release $(RELEASE)) $(if $(filter tiny,$(SIZE)),--tiny)
 
-# Their whole course in small, on a GPU that is not there. The dry GPU has no results for Triton's kernels.
+# Their whole course in small, on a GPU that is not there. It has no results for Triton's kernels, which
+# therefore are only launched, in a run of their own.
+gpu-rehearsal: export OMP_NUM_THREADS = 1
+gpu-rehearsal: export PYTHONPATH = .
 gpu-rehearsal: setup-newest
 	rm -rf output/gpu-rehearsal
-	MABN_D2_TRITON=0 OMP_NUM_THREADS=1 PYTHONPATH=. $(ENVIRONMENT_newest)/bin/python -m tests.dry_gpu run \
-		--compute tools/benchmark_gpu.py --tiny --out output/gpu-rehearsal
+	MABN_D2_TRITON=0 $(ENVIRONMENT_newest)/bin/python -m tests.dry_gpu run --compute \
+		tools/benchmark_gpu.py --tiny --out output/gpu-rehearsal
+	$(ENVIRONMENT_newest)/bin/python -m tests.dry_gpu run \
+		tools/benchmark_gpu.py layers --tiny --out output/gpu-rehearsal/triton
 
 # What `make gpu` needs beyond PyTorch, torchvision and OpenCV, for a machine without a package registry.
 BUNDLE_PYTHON ?= 3.12

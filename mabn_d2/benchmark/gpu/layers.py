@@ -2,11 +2,13 @@
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from ...layers import MABN2d
 from ..measure import (
     DTYPES,
     IDEAL_PASSES,
@@ -21,7 +23,7 @@ from .correct import triton, triton_switches
 from .stage import Case, Options, Stage
 
 # Those that the package's kernels in Triton make faster, and what they are compared with.
-WITH_TRITON = ("BN", "MABN")
+WITH_TRITON = ("BN", "MABN", "MABN lag 1")
 
 
 def shapes(options: Options) -> list[Shape]:
@@ -43,7 +45,7 @@ def measure(case: Case, options: Options) -> Iterator[dict]:
     device = torch.device("cuda")
     runs = 2 if options.tiny else 20
     settings = Settings(device, DTYPES[case["dtype"]], MEMORY_FORMATS[case["layout"]], runs)
-    norms = make_norms(device, options.release)
+    norms = make_norms(device, options.release) | {"MABN lag 1": partial(MABN2d, lag=1)}
     if case["triton"] == "off" and len(triton_switches()) > 1:
         norms = {name: norms[name] for name in WITH_TRITON}
     join_world_of_one("gloo" if options.tiny else "nccl")  # the dry GPU has no NCCL

@@ -45,8 +45,8 @@ def write_report(
                 "",
                 *table(columns, ([row[c] for c in columns] for row in failed)),
             ]
-    with atomic_write(str(path), "w") as file:
-        file.write("\n".join(lines) + "\n")
+    with atomic_write(str(path), "w") as report:
+        report.write("\n".join(lines) + "\n")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..training import CONFIGS, measure_step
+from ..training import CONFIGS, SIZE, measure_step
 from .stage import Case, Options, Stage
 
 IMAGES = 2
@@ -29,12 +29,12 @@ def measure(case: Case, options: Options) -> Iterator[dict]:
     if options.tiny:
         path = "quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn_instant.yaml"
         overrides = [item for key in NORM_KEYS for item in (f"MODEL.{key}.NORM", norm)]
-        length = {"size": (64, 128), "steps": 2, "warmup": 1}
+        size, steps, warmup = (64, 128), 2, 1
     else:
-        path = f"COCO-InstanceSegmentation/{CONFIGS[norm]}"
-        overrides = []
-        length = {"steps": 40, "warmup": 20}  # past the length of MABN's buffers
-    cost = measure_step(options.root / "configs" / path, amp, IMAGES, overrides=overrides, **length)
+        path, overrides = f"COCO-InstanceSegmentation/{CONFIGS[norm]}", []
+        size, steps, warmup = SIZE, 40, 20  # past the length of MABN's buffers
+    config = options.root / "configs" / path
+    cost = measure_step(config, amp, IMAGES, size, steps, warmup, overrides)
     low, high = np.percentile(cost.times, [10, 90])
     yield {
         "images": IMAGES,
