@@ -36,7 +36,7 @@ CLASSIFIER := output/fashion_mnist_resnet18_mabn_2
 TRANSFER := $(DEMO)_transfer
 
 .PHONY: setup setup-newest setup-compiled demo transfer test test-newest test-compiled test-fast \
-	test-dry-gpu test-dry-gpu-newest test-dry-gpu-compiled lint format dist \
+	test-dry-gpu test-dry-gpu-newest test-dry-gpu-compiled gpu gpu-rehearsal gpu-bundle lint format dist \
 	datasets/fashion-mnist clean
 .DELETE_ON_ERROR:
 
@@ -110,6 +110,36 @@ test-dry-gpu: test-dry-gpu-newest test-dry-gpu-compiled
 test-dry-gpu-newest test-dry-gpu-compiled: test-dry-gpu-%: setup-%
 	$(ENVIRONMENT_$*)/bin/python -m tests.dry_gpu test
 
+# All measurements on a GPU, or one STAGE of them, with the given PYTHON; docs/gpu.md.
+gpu: PYTHON ?= python3
+gpu: OUT ?= output/gpu
+gpu:
+	PYTHONPATH=.:gpu-bundle:$$PYTHONPATH $(PYTHON) tools/benchmark_gpu.py $(STAGE) --out $(OUT) \
+		$(if $(RELEASE),--release $(RELEASE)) $(if $(filter tiny,$(SIZE)),--tiny)
+
+# Their whole course in small, on a GPU that is not there. The dry GPU has no results for Triton's kernels.
+gpu-rehearsal: setup-newest
+	rm -rf output/gpu-rehearsal
+	MABN_D2_TRITON=0 OMP_NUM_THREADS=1 PYTHONPATH=. $(ENVIRONMENT_newest)/bin/python -m tests.dry_gpu run \
+		--compute tools/benchmark_gpu.py --tiny --out output/gpu-rehearsal
+
+# What `make gpu` needs beyond PyTorch, torchvision and OpenCV, for a machine without a package registry.
+BUNDLE_PYTHON ?= 3.12
+BUNDLE_MIB := 60
+BUNDLED := antlr4-python3-runtime cloudpickle fvcore iopath omegaconf portalocker tabulate termcolor tqdm yacs
+BUNDLED_COMPILED := pycocotools PyYAML
+pins = $(foreach name,$(1),$(shell grep ^$(name)== $(LOCK_newest)))
+
+gpu-bundle: setup-newest
+	rm -rf $@
+	$(ENVIRONMENT_newest)/bin/python $(PIP) --target $@ $(call pins,$(BUNDLED))
+	$(ENVIRONMENT_newest)/bin/python $(PIP) --target $@ --python-version $(BUNDLE_PYTHON) --only-binary=:all: \
+		$(call pins,$(BUNDLED_COMPILED))
+	$(ENVIRONMENT_newest)/bin/python $(PIP) --target $@ --python-version 3.10 --only-binary=:all: \
+		$(shell grep ^sal-detectron2== $(LOCK_compiled))
+	rm -f $@/detectron2/_C*.so
+	@size=$$(du -s --block-size=1M $@ | cut -f 1); echo "$@: $$size MiB"; test "$$size" -le $(BUNDLE_MIB)
+
 lint: setup-newest
 	$(ENVIRONMENT_newest)/bin/ruff check
 	$(ENVIRONMENT_newest)/bin/ruff format --check
@@ -142,4 +172,4 @@ datasets/FashionMNIST/raw:
 	mkdir -p ../FashionMNIST; mv -T usr/share/datasets/fashion-mnist ../FashionMNIST/raw
 
 clean:
-	rm -rf $(ENVIRONMENT_newest) $(ENVIRONMENT_compiled) dist output datasets/shapes
+	rm -rf $(ENVIRONMENT_newest) $(ENVIRONMENT_compiled) dist output gpu-bundle datasets/shapes

@@ -78,6 +78,7 @@ def test_every_number_of_the_authors_released_layer_is_reproduced():
     warmup_iters=st.integers(0, 5),
     renorm_start_iter=st.integers(0, 6),
     renorm_clip=st.sampled_from([1.0, 1.2, 5.0]),
+    lag=st.sampled_from([0, 0, 1]),
     momentum=st.sampled_from([0.02, 0.5, 1.0]),
     eps=st.sampled_from([1e-5, 1e-3]),
     steps=st.integers(1, 8),
@@ -380,7 +381,7 @@ def test_a_wrong_input_is_refused_with_its_shape(shape):
     [
         dict(num_features=0), dict(eps=0.0), dict(momentum=0.0), dict(momentum=2),
         dict(buffer_size=0), dict(warmup_iters=-1), dict(renorm_clip=0.5),
-        dict(renorm_start_iter=-1),
+        dict(renorm_start_iter=-1), dict(lag=2),
     ],
 )  # fmt: skip
 def test_an_option_out_of_its_range_is_refused_by_name(options):

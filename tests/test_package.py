@@ -77,8 +77,9 @@ def test_below_the_line_nothing_imports_detectron2_or_what_needs_it(room):
 
 # Distributions whose modules have another name.
 MODULES = {"opencv-python": "cv2", "Pillow": "PIL", "PyYAML": "yaml"}
-# Asked for where it is needed: Detectron2 itself, and what only pictures are drawn with.
-OPTIONAL = {"detectron2", "matplotlib"}
+# Asked for where it is needed: Detectron2 itself, what only pictures are drawn with, what exported
+# models run with, and what comes with PyTorch for a GPU.
+OPTIONAL = {"detectron2", "matplotlib", "onnxruntime", "triton"}
 
 
 def declared(text, opening):
@@ -111,3 +112,13 @@ def test_no_test_imports_another():
     for path in ROOT.glob("tests/**/test_*.py"):
         for name in imported_modules(path):
             assert not re.search(r"(^|\.)test_", name), (path, name)
+
+
+def test_the_readmes_name_every_tool_and_every_room():
+    tools = (ROOT / "tools" / "README.md").read_text()
+    assert [
+        path.name for path in (ROOT / "tools").glob("*.py") if f"]({path.name})" not in tools
+    ] == []
+    layout = (ROOT / "README.md").read_text().partition("## Layout")[2]
+    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert set(re.findall(r"`mabn_d2/(\w+)/`", layout)) == rooms

@@ -42,12 +42,12 @@ def close(actual, expected):
 
 @interpreted
 @pytest.mark.parametrize(
-    "channels, size, affine, loss_scale, renormalizes",
-    [(6, 3, True, 65536.0, True), (5, 2, True, None, True), (6, 2, False, 65536.0, False),
-     (4, 1, False, None, True)],
+    "channels, size, affine, loss_scale, renormalizes, lag",
+    [(6, 3, True, 65536.0, True, 0), (5, 2, True, None, True, 1),
+     (6, 2, False, 65536.0, False, 0), (4, 1, False, None, True, 1)],
 )  # fmt: skip
 def test_through_warm_up_and_batches_that_are_not_finite(
-    monkeypatch, channels, size, affine, loss_scale, renormalizes
+    monkeypatch, channels, size, affine, loss_scale, renormalizes, lag
 ):
     monkeypatch.setattr(kernels, "BLOCK", 4)  # several blocks, the last one not full
     monkeypatch.setattr(kernels, "ROWS", 2)
@@ -70,10 +70,10 @@ def test_through_warm_up_and_batches_that_are_not_finite(
         for functions, running_var, (moments, count), (psi, psi_count) in sides:
             unit, scale, squared = functions.mabn_forward_factors(
                 second_moment.clone(), moments, count, running_var, weight, size + 1,
-                size + 3 if renormalizes else None, 1.5, 0.1, 1e-5,
+                size + 3 if renormalizes else None, 1.5, 0.1, 1e-5, lag,
             )  # fmt: skip
             slope = functions.mabn_backward_slope(
-                sum_dz.clone(), 70, squared, weight, loss_scale, psi, psi_count, size + 1
+                sum_dz.clone(), 70, squared, weight, loss_scale, psi, psi_count, size + 1, lag
             )
             results.append([unit, scale, squared, slope, moments, running_var, psi])
             results[-1] += [count, psi_count]
@@ -103,7 +103,7 @@ def test_every_kernel_compiles_for_gpus_that_are_not_there(
     function = getattr(kernels, kernel)
     constants = dict(C=channels, M=size, BLOCK=kernels.BLOCK, ROWS=kernels.ROWS)
     for flags in (True, False):
-        constants |= dict.fromkeys(["HAS_WEIGHT", "HAS_SCALE", "RENORMALIZES"], flags)
+        constants |= dict.fromkeys(["HAS_WEIGHT", "HAS_SCALE", "RENORMALIZES", "LAG"], flags)
         signature, given = {}, {}
         for name in function.arg_names:
             if name in constants:

@@ -17,23 +17,16 @@ from pathlib import Path
 import torch
 
 from mabn_d2.benchmark.memory import HEADER, format_peak, measure_peak, write_csv
+from mabn_d2.benchmark.training import CONFIGS
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "COCO-InstanceSegmentation"
-NORMS = {
-    "FrozenBN": "mask_rcnn_R_50_FPN_2x_frozenbn.yaml",
-    "BN": "scratch_mask_rcnn_R_50_FPN_2x_bn.yaml",
-    "GN": "scratch_mask_rcnn_R_50_FPN_2x_gn.yaml",
-    "MABN": "scratch_mask_rcnn_R_50_FPN_2x_mabn.yaml",
-    "BRN": "scratch_mask_rcnn_R_50_FPN_2x_brn.yaml",
-    "MBN": "scratch_mask_rcnn_R_50_FPN_2x_mbn.yaml",
-}
+FOLDER = Path(__file__).resolve().parent.parent / "configs" / "COCO-InstanceSegmentation"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--norms", nargs="+", choices=NORMS, default=list(NORMS))
+    parser.add_argument("--norms", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--amp", nargs="+", choices=["off", "on"], default=["off", "on"])
     parser.add_argument("--images", nargs="+", type=int, default=[1, 2], help="per step")
     parser.add_argument("--output", type=Path, metavar="FILE", help="CSV file to write")
@@ -53,7 +46,7 @@ def main() -> None:
     for norm in arguments.norms:
         for amp in arguments.amp:
             for images in arguments.images:
-                peaks.append(measure_peak(norm, CONFIGS / NORMS[norm], amp == "on", images))
+                peaks.append(measure_peak(norm, FOLDER / CONFIGS[norm], amp == "on", images))
                 print(format_peak(peaks[-1]), flush=True)
                 if arguments.output:
                     write_csv(arguments.output, peaks)

@@ -1,5 +1,6 @@
 """Time and memory of a forward and backward pass."""
 
+import gc
 import importlib.util
 import json
 import math
@@ -167,6 +168,7 @@ def time_once(function: Callable[[], Any], settings: Settings) -> float:
 def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
     """Most bytes of tensors that exist at a time during a call, beyond those before it."""
     if device.type == "cuda":
+        gc.collect()  # what is freed during the call would be missing from the difference
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

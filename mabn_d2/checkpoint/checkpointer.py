@@ -250,14 +250,13 @@ def _from_main_worker(function: Callable[[], Any]) -> Any:
     """What the first worker's call of the function returns or raises, on all workers."""
     if comm.get_world_size() == 1:
         return function()
-    results: list[Any] = [None, None]
+    result: list[Any] = [None]
     if comm.is_main_process():
         try:
-            results[0] = function()
+            result = [function()]
         except (OSError, ValueError) as error:
-            results[1] = error
-    distributed.broadcast_object_list(results, src=0, group=comm._get_global_gloo_group())
-    value, raised = results
-    if raised is not None:
-        raise raised
-    return value
+            result = [error]
+    distributed.broadcast_object_list(result, src=0, group=comm._get_global_gloo_group())
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]

@@ -17,6 +17,7 @@ _TOLD_BY = {
     "running_var": "MABN",
     "weight": "GN",
 }
+_RING_BUFFERS = ("psi", "second_moment", "memory")
 _PER_LEVEL = " per feature level"
 
 

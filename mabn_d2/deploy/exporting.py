@@ -3,8 +3,9 @@
 import inspect
 import json
 import os
+import warnings
 from collections.abc import Callable
-from typing import IO
+from typing import IO, Any
 
 import torch
 from detectron2.export import TracingAdapter, scripting_with_instances
@@ -45,7 +46,9 @@ def export_detector(
         )
     if format not in FORMATS:
         raise ValueError(f"format: {format!r} is not known, accepted are {', '.join(FORMATS)}")
-    with atomic_write(os.fspath(path)) as file, torch.no_grad():
+    with atomic_write(os.fspath(path)) as file, torch.no_grad(), warnings.catch_warnings():
+        # Of Detectron2's assertions and of numbers that are the same for every image.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
         FORMATS[format](fold(model), file, image)
 
 
@@ -71,7 +74,7 @@ def _trace(model: nn.Module, file: IO[bytes], image: torch.Tensor) -> None:
 def _onnx(model: nn.Module, file: IO[bytes], image: torch.Tensor) -> None:
     adapter, names = _traceable(model, image)
     sizes = {name: {0: "detections"} for name in names if name != "image_size"}
-    options = {"dynamic_axes": {"image": {1: "height", 2: "width"}, **sizes}}
+    options: dict[str, Any] = {"dynamic_axes": {"image": {1: "height", 2: "width"}, **sizes}}
     if "dynamo" in inspect.signature(torch.onnx.export).parameters:
         options["dynamo"] = False  # the other exporter does not know torchvision's operators
     torch.onnx.export(

@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ..ops import affine_map, constant
 
@@ -48,6 +48,22 @@ def centralize_kernel(weight: torch.Tensor, mean: torch.Tensor | None = None) ->
     Returns:
         tensor of the weight's shape and dtype.
     """
+    if torch.jit.is_scripting():
+        centralized = _centralize(weight, mean)
+    else:
+        centralized = _centralize_in_two_operations(weight, mean)
+    return centralized
+
+
+def _centralize(weight: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
+    now = weight.mean(dim=(1, 2, 3), keepdim=True)
+    return weight - (now if mean is None else now - mean.to(weight.dtype))
+
+
+def _centralize_in_two_operations(weight: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
+    is_recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    if is_recorded or isinstance(weight, fx.Proxy):  # of no use to them: an operation in Python
+        return _centralize(weight, mean)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if mean is None:
         mean = constant(torch.zeros, len(weight), dtype=dtype, device=weight.device)

@@ -25,6 +25,7 @@ from .options import (
     BatchesOf32Images,
     Fraction,
     IterationCount,
+    Lag,
     PositiveInteger,
     PositiveNumber,
     checked,
@@ -110,6 +111,9 @@ class MABN2d(Norm2d):
     While t ≤ m or t < `warmup_iters`, χ̄² = χ²_B and ψ̄ = ψ_B; while t ≤ `renorm_start_iter` or
     t ≤ `warmup_iters`, r = 1.
 
+    With a `lag` of 1, after the warm-up χ̄² and ψ̄ are the means of the last m values *before* the current batch,
+    whose own are recorded afterwards; χ̂² follows that χ̄². During the warm-up nothing differs.
+
     With a `norm_batch_size`, an iteration is a normalization batch.
     """
 
@@ -125,6 +129,7 @@ class MABN2d(Norm2d):
         warmup_iters: IterationCount = 100,
         renorm_clip: AtLeastOne = 5.0,
         renorm_start_iter: IterationCount = 1000,
+        lag: Lag = 0,
         affine: bool = True,
         device=None,
         dtype=None,
@@ -141,6 +146,7 @@ class MABN2d(Norm2d):
                 `buffer_size`.
             renorm_clip: λ ≥ 1, the bound of r.
             renorm_start_iter: last iteration with r = 1.
+            lag: 1 leaves the current batch out of the moving averages.
             affine: whether to learn γ (`weight`) and β (`bias`), shape (C,).
             device, dtype: of the parameters and statistics; the latter are at least float32.
 
@@ -154,6 +160,7 @@ class MABN2d(Norm2d):
         self.warmup_iters = warmup_iters
         self.renorm_clip = renorm_clip
         self.renorm_start_iter = max(renorm_start_iter, warmup_iters)
+        self.lag = lag
         self.affine = affine
         if affine:
             self.weight = nn.Parameter(torch.ones(num_features))
@@ -180,7 +187,7 @@ class MABN2d(Norm2d):
         return mabn_forward_factors(
             second_moment, ring.values, ring.count, self.running_var, self._float(self.weight),
             self.average_start_iter, self.renorm_start_iter if self.renormalize else None,
-            self.renorm_clip, self.momentum, self.eps,
+            self.renorm_clip, self.momentum, self.eps, self.lag,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -199,7 +206,7 @@ class MABN2d(Norm2d):
         if self.grad_scaler is not None:  # `scale` does not wait for the device
             one = constant(torch.ones, (), dtype=self.running_var.dtype, device=x.device)
             loss_scale = self.grad_scaler.scale(one)
-        psi = loss_scale, self.psi.values, self.psi.count, self.average_start_iter
+        psi = loss_scale, self.psi.values, self.psi.count, self.average_start_iter, self.lag
         return _MABNFunction.apply(
             x, self._float(self.weight), self._float(self.bias), self.running_mean, statistics, psi,
             self.norm_batch_size,
@@ -232,5 +239,5 @@ class MABN2d(Norm2d):
             f"{type(self).__name__}({self.num_features}, eps={self.eps}, "
             f"momentum={self.momentum}, buffer_size={self.psi.size}, "
             f"warmup_iters={self.warmup_iters}, renorm_clip={self.renorm_clip}, "
-            f"renorm_start_iter={self.renorm_start_iter}, affine={self.affine})"
+            f"renorm_start_iter={self.renorm_start_iter}, lag={self.lag}, affine={self.affine})"
         )

@@ -101,6 +101,7 @@ class MBN2d(BatchStatisticsNorm2d):
             return Normalization(mean, var)
         return Normalization(mean, var, share=(by_age[:, 0] * finite)[:, None])
 
+    @torch.jit.unused
     @property
     def _weights(self) -> torch.Tensor:
         """Of remembered batches, shape (k + 1, k): row j is for a memory of j batches, column i for age i."""

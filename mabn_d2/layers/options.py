@@ -70,6 +70,7 @@ AtLeastOne = Annotated[
     float, Accepted("a number of at least 1", lambda value: is_number(value) and value >= 1)
 ]
 IterationCount = Annotated[NonNegativeInteger, CountsIterations()]
+Lag = Annotated[int, Accepted("0 or 1", lambda value: is_integer(value) and value in (0, 1))]
 Schedule = Annotated[
     tuple[int, int],
     Accepted("two iterations (start, end), 0 <= start <= end", _is_schedule),

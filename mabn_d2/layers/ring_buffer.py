@@ -57,6 +57,7 @@ class RingBuffer(Statistics):
         """How many statistics are kept."""
         return len(self.values)
 
+    @torch.jit.unused
     @property
     def rows(self) -> torch.Tensor:
         """0 to `size` - 1, int64."""

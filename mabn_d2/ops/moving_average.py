@@ -25,7 +25,9 @@ class Recorded(NamedTuple):
 
 
 @torch.no_grad()
-def record(statistics: torch.Tensor, values: torch.Tensor, count: torch.Tensor) -> Recorded:
+def record(
+    statistics: torch.Tensor, values: torch.Tensor, count: torch.Tensor, lag: int = 0
+) -> Recorded:
     """
     Pushes statistics into a ring buffer, in order and in place.
 
@@ -33,6 +35,7 @@ def record(statistics: torch.Tensor, values: torch.Tensor, count: torch.Tensor) 
         statistics: shape (G, ...).
         values: the ring buffer, shape (m, ...).
         count: how many statistics were recorded since the start, int64 of shape ().
+        lag: with 1, the windows are those before a statistic was pushed.
     """
     finite = is_finite(statistics)
     recorded = finite.cumsum(0)
@@ -41,11 +44,12 @@ def record(statistics: torch.Tensor, values: torch.Tensor, count: torch.Tensor) 
     order = torch.argsort((~finite).byte(), stable=True)  # CUDA does not sort booleans
     keep = finite.index_select(0, order).view(-1, *[1] * (statistics.dim() - 1))
     new = torch.where(keep, statistics.index_select(0, order), 0.0)
-    windows = torch.cat([past, new]).unfold(0, len(values), 1).movedim(-1, 1)
-    windows = windows.index_select(0, recorded)
+    contents = torch.cat([past, new]).unfold(0, len(values), 1).movedim(-1, 1)
+    windows = contents.index_select(0, recorded - finite.long() if lag else recorded)
     counts = count + recorded
     count.copy_(counts[-1])
-    values.copy_(windows[-1].index_select(0, (rows - count) % len(values)))
+    last = contents.index_select(0, recorded[-1:])[0]
+    values.copy_(last.index_select(0, (rows - count) % len(values)))
     return Recorded(windows, counts, finite)
 
 
@@ -72,10 +76,14 @@ def record_one(
 
 @torch.no_grad()
 def record_and_average(
-    statistics: torch.Tensor, values: torch.Tensor, count: torch.Tensor, warmup_iters: int
+    statistics: torch.Tensor,
+    values: torch.Tensor,
+    count: torch.Tensor,
+    warmup_iters: int,
+    lag: int = 0,
 ) -> torch.Tensor:
     """
-    :func:`record`, and the mean of the ring buffer after each statistic.
+    :func:`record`, and the mean of the ring buffer after each statistic; with a `lag` of 1, before it.
 
     While no more than `warmup_iters` statistics were recorded it is the statistic itself: early in
     training the statistics move faster than an average can follow.
@@ -84,11 +92,16 @@ def record_and_average(
         tensor like `statistics`.
     """
     if len(statistics) > 1:
-        windows, counts, finite = record(statistics, values, count)
+        windows, counts, finite = record(statistics, values, count, lag)
         is_warmup = (finite & (counts <= warmup_iters))[:, None]
         return torch.where(is_warmup, statistics, windows.mean(1))
-    number, _ = record_one(statistics, values, count)
-    return torch.where(number < warmup_iters, statistics, values.mean(0, keepdim=True))
+    if lag:
+        averages = values.mean(0, keepdim=True)
+        number, _ = record_one(statistics, values, count)
+    else:
+        number, _ = record_one(statistics, values, count)
+        averages = values.mean(0, keepdim=True)
+    return torch.where(number < warmup_iters, statistics, averages)
 
 
 @torch.no_grad()
@@ -137,6 +150,7 @@ def mabn_forward_factors(
     renorm_clip: float,
     momentum: float,
     eps: float,
+    lag: int = 0,
 ) -> ForwardFactors:
     """
     Takes notice of the second moments of G batches, and tells by what MABN multiplies its input.
@@ -148,17 +162,17 @@ def mabn_forward_factors(
         weight: γ, shape (C,); None is 1.
         warmup_iters: the last iteration with χ̄² = χ²_B.
         renorm_start_iter: the last iteration with r = 1; None is never.
-        renorm_clip, momentum, eps: λ, 1 - α and ε of :class:`MABN2d`.
+        renorm_clip, momentum, eps, lag: λ, 1 - α, ε and the lag of :class:`MABN2d`.
     """
     kernels = triton_for(values) if len(second_moment) == 1 else None
     if kernels is not None:
         return ForwardFactors(
             *kernels.mabn_forward_factors(
                 second_moment, values, count, running_var, weight, warmup_iters, renorm_start_iter,
-                renorm_clip, momentum, eps,
+                renorm_clip, momentum, eps, lag,
             )
         )  # fmt: skip
-    moving = record_and_average(second_moment, values, count, warmup_iters)
+    moving = record_and_average(second_moment, values, count, warmup_iters, lag)
     if len(moving) == 1:
         squared, running = torch._foreach_add([moving, running_var[None]], eps)
         running_var.lerp_(moving[0], momentum)
@@ -192,6 +206,7 @@ def mabn_backward_slope(
     values: torch.Tensor,
     count: torch.Tensor,
     warmup_iters: int,
+    lag: int = 0,
 ) -> torch.Tensor:
     """
     Takes notice of the statistic ψ of G batches, and tells which multiple of x MABN's gradient loses.
@@ -204,6 +219,7 @@ def mabn_backward_slope(
         loss_scale: by which d is multiplied, one value; None is 1. The ring buffer is free of it.
         values, count: the ring buffer of ψ, changed in place.
         warmup_iters: the last iteration with ψ̄ = ψ_B.
+        lag: that of :class:`MABN2d`.
 
     Returns:
         ψ̄ / (χ̄² + ε), shape (G, C).
@@ -211,12 +227,12 @@ def mabn_backward_slope(
     kernels = triton_for(values) if len(sum_dz) == 1 else None
     if kernels is not None:
         return kernels.mabn_backward_slope(
-            sum_dz, num_values, squared, weight, loss_scale, values, count, warmup_iters
+            sum_dz, num_values, squared, weight, loss_scale, values, count, warmup_iters, lag
         )
     psi = (sum_dz if weight is None else sum_dz * weight) / num_values
     if loss_scale is not None:
         psi = psi / loss_scale
-    psi = record_and_average(psi, values, count, warmup_iters)
+    psi = record_and_average(psi, values, count, warmup_iters, lag)
     if loss_scale is not None:
         psi = psi * loss_scale
     return psi / squared

@@ -16,8 +16,8 @@ ROWS = 16  # of the ring buffer at a time
 
 @triton.jit
 def _push_and_average(
-    statistic, finite, values, count, warmup_iters, c, C: tl.constexpr, M: tl.constexpr,
-    ROWS: tl.constexpr,
+    statistic, finite, values, count, warmup_iters, c, LAG: tl.constexpr,
+    C: tl.constexpr, M: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """`record_and_average` for a block of channels; `count` is that before the statistic."""
     slot = count % M
@@ -27,9 +27,10 @@ def _push_and_average(
         mask = (row[:, None] < M) & (c[None, :] < C)
         is_new = (row[:, None] == slot) & finite & mask
         place = values + row[:, None] * C + c[None, :]
-        value = tl.where(is_new, statistic[None, :], tl.load(place, mask, 0.0))
-        tl.store(place, value, is_new)
-        total += tl.sum(value, 0)
+        before = tl.load(place, mask, 0.0)
+        after = tl.where(is_new, statistic[None, :], before)
+        tl.store(place, after, is_new)
+        total += tl.sum(before if LAG else after, 0)
     return tl.where(finite & (count < warmup_iters), statistic, total / M)
 
 
@@ -37,7 +38,7 @@ def _push_and_average(
 def _forward_kernel(
     second_moment, values, count_pointer, running_var, weight, unit, scale, squared, warmup_iters,
     renorm_start_iter, least_ratio, most_ratio, momentum, eps, HAS_WEIGHT: tl.constexpr,
-    RENORMALIZES: tl.constexpr, C: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
+    RENORMALIZES: tl.constexpr, LAG: tl.constexpr, C: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(count_pointer)
@@ -52,7 +53,7 @@ def _forward_kernel(
         c = first + tl.arange(0, BLOCK)
         mask = c < C
         value = tl.load(second_moment + c, mask, 0.0)
-        moving = _push_and_average(value, finite, values, count, warmup_iters, c, C, M, ROWS)
+        moving = _push_and_average(value, finite, values, count, warmup_iters, c, LAG, C, M, ROWS)
         running = tl.load(running_var + c, mask, 1.0)
         tl.store(running_var + c, running + momentum * (moving - running), mask)
         moving += eps
@@ -84,7 +85,8 @@ def _psi(
 @triton.jit
 def _backward_kernel(
     sum_dz, squared, weight, loss_scale, values, count_pointer, slope, share, warmup_iters,
-    HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, LAG: tl.constexpr, C: tl.constexpr,
+    M: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(count_pointer)
@@ -98,7 +100,7 @@ def _backward_kernel(
         c = first + tl.arange(0, BLOCK)
         mask = c < C
         psi = _psi(sum_dz, weight, share, loss_scale, c, mask, HAS_WEIGHT, HAS_SCALE)
-        psi = _push_and_average(psi, finite, values, count, warmup_iters, c, C, M, ROWS)
+        psi = _push_and_average(psi, finite, values, count, warmup_iters, c, LAG, C, M, ROWS)
         if HAS_SCALE:
             psi *= tl.load(loss_scale)
         tl.store(slope + c, psi / tl.load(squared + c, mask, 1.0), mask)
@@ -118,27 +120,27 @@ def _product_kernel(scale, slope, factor, quotient, C: tl.constexpr, BLOCK: tl.c
 
 def mabn_forward_factors(
     second_moment, values, count, running_var, weight, warmup_iters, renorm_start_iter,
-    renorm_clip, momentum, eps,
+    renorm_clip, momentum, eps, lag=0,
 ):  # fmt: skip
     unit, scale, squared = (torch.empty_like(second_moment) for _ in range(3))
     _forward_kernel[(1,)](
         second_moment, values, count, running_var, second_moment if weight is None else weight,
         unit, scale, squared, warmup_iters, renorm_start_iter or 0, renorm_clip**-2, renorm_clip**2,
         momentum, eps, HAS_WEIGHT=weight is not None, RENORMALIZES=renorm_start_iter is not None,
-        C=values.shape[1], M=values.shape[0], BLOCK=BLOCK, ROWS=ROWS,
+        LAG=lag, C=values.shape[1], M=values.shape[0], BLOCK=BLOCK, ROWS=ROWS,
     )  # fmt: skip
     return unit, unit if weight is None else scale, squared
 
 
 def mabn_backward_slope(
-    sum_dz, num_values, squared, weight, loss_scale, values, count, warmup_iters
+    sum_dz, num_values, squared, weight, loss_scale, values, count, warmup_iters, lag=0
 ):
     slope = torch.empty_like(sum_dz)
     _backward_kernel[(1,)](
         sum_dz, squared, sum_dz if weight is None else weight,
         sum_dz if loss_scale is None else loss_scale, values, count, slope, 1.0 / num_values,
         warmup_iters, HAS_WEIGHT=weight is not None, HAS_SCALE=loss_scale is not None,
-        C=values.shape[1], M=values.shape[0], BLOCK=BLOCK, ROWS=ROWS,
+        LAG=lag, C=values.shape[1], M=values.shape[0], BLOCK=BLOCK, ROWS=ROWS,
     )  # fmt: skip
     return slope
 

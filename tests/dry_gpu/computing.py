@@ -93,6 +93,8 @@ class Compute(TorchDispatchMode):
         )
         if not is_on_device or name in _WITHOUT_VALUES or _is_view(func):
             return func(*args, **kwargs)
+        if func.namespace == "c10d":
+            return _collective(func, args, kwargs)
         seed = _seed(name)
         # Of a copy to the host, the values are the answer.
         copies = name in ("_local_scalar_dense", "_to_copy", "copy_")
@@ -231,6 +233,13 @@ def _is_low(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype in _LOW_PRECISION
 
 
+def _collective(func, args, kwargs):
+    """A collective operation, once: over the memory that the device's tensors have on the host."""
+    out = func(*tree_map(_to_host, args), **tree_map(_to_host, kwargs))
+    # The tensors that it writes are its first argument, and are returned where more than its `Work` is.
+    return (args[0], *out[1:]) if isinstance(out, (tuple, list)) else out
+
+
 # Operators that only CUDA has.
 
 
@@ -259,29 +268,33 @@ def _per_channel(x, vector):
     return vector.view([1, -1] + [1] * (x.dim() - 2))
 
 
+def _wide(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _batch_norm_stats(x, eps):
-    mean, var = x.float().mean(_dims(x)), x.float().var(_dims(x), unbiased=False)
+    var, mean = torch.var_mean(_wide(x), _dims(x), unbiased=False)
     return mean, (var + eps).rsqrt()
 
 
 def _batch_norm_elemt(x, weight, bias, mean, inv_std, eps):
-    out = (x.float() - _per_channel(x, mean)) * _per_channel(x, inv_std)
+    out = (_wide(x) - _per_channel(x, mean)) * _per_channel(x, inv_std)
     if weight is not None:
         out = out * _per_channel(x, weight)
     return out if bias is None else out + _per_channel(x, bias)
 
 
 def _batch_norm_backward_reduce(d, x, mean, inv_std, weight, needs_x, needs_weight, needs_bias):
-    sum_d = d.float().sum(_dims(x))
-    sum_dx = (d.float() * (x.float() - _per_channel(x, mean))).sum(_dims(x))
+    sum_d = _wide(d).sum(_dims(x))
+    sum_dx = (_wide(d) * (_wide(x) - _per_channel(x, mean))).sum(_dims(x))
     return sum_d, sum_dx, sum_dx * inv_std, sum_d
 
 
 def _batch_norm_backward_elemt(d, x, mean, inv_std, weight, sum_d, sum_dx, count):
     norm = 1 / count.sum()
-    centered = x.float() - _per_channel(x, mean)
+    centered = _wide(x) - _per_channel(x, mean)
     slope = _per_channel(x, sum_dx * norm * inv_std.square())
-    out = (d.float() - _per_channel(x, sum_d * norm) - centered * slope) * _per_channel(x, inv_std)
+    out = (_wide(d) - _per_channel(x, sum_d * norm) - centered * slope) * _per_channel(x, inv_std)
     return out if weight is None else out * _per_channel(x, weight)
 
 

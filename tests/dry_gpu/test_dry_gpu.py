@@ -73,6 +73,15 @@ def test_results_are_computed_on_request():
     torch.testing.assert_close(y, nn.functional.conv2d(x, kernel).relu())
 
 
+def test_results_in_float64_have_its_precision():
+    x = torch.randn(4, CHANNELS, 3, 5, dtype=torch.float64) + 3
+    expected = nn.functional.batch_norm(x, None, None, training=True)
+    with compute():
+        mean, inv_std = torch.batch_norm_stats(x.cuda(), 1e-5)
+        out = torch.batch_norm_elemt(x.cuda(), None, None, mean, inv_std, 1e-5)
+        torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=1e-12)
+
+
 def test_results_without_maps_leave_feature_maps_at_zero_and_take_no_memory_of_the_host():
     with compute(maps=False):
         x = torch.ones(1, 256, 64, 64, device="cuda")

@@ -8,9 +8,9 @@ class ReferenceMABN:
 
     def __init__(
         self, num_features, eps=1e-5, momentum=0.02, buffer_size=16, warmup_iters=100,
-        renorm_clip=5.0, renorm_start_iter=1000,
+        renorm_clip=5.0, renorm_start_iter=1000, lag=0,
     ):  # fmt: skip
-        self.eps, self.momentum, self.m = eps, momentum, buffer_size
+        self.eps, self.momentum, self.m, self.lag = eps, momentum, buffer_size, lag
         self.warmup_iters, self.clip, self.renorm_start = (
             warmup_iters,
             renorm_clip,
@@ -23,7 +23,7 @@ class ReferenceMABN:
     def _average(self, recorded):
         if self.t <= self.m or self.t < self.warmup_iters:
             return recorded[-1]
-        return np.mean(recorded[-self.m :], axis=0)
+        return np.mean(recorded[: len(recorded) - self.lag][-self.m :], axis=0)
 
     def forward(self, x):
         self.t += 1
