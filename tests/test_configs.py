@@ -228,7 +228,7 @@ def test_every_part_of_a_model_has_the_norm_that_the_config_says_and_no_other(na
     assert found == {
         (part, type(get_norm(norm, 32))): number
         for part, (norm, number) in expected.items()
-        if norm
+        if norm and number
     }
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
+from detectron2.utils import comm
 from torch import nn
 
 import mabn_d2
@@ -19,6 +20,7 @@ from mabn_d2.surgery import measure_statistics
 from .helpers.models import small_cfg
 from .helpers.runs import cfg_for
 from .helpers.settled import measure, relative_error, settle
+from .helpers.workers import run_workers
 
 
 def detector(backbone, rest):
@@ -290,3 +292,24 @@ def test_statistics_are_measured_before_training_and_not_again(how, tmp_path, sh
     resumed.resume_or_load(resume=True)
     for key, value in states[1].items():
         assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
+def measure_on_a_worker(state):
+    model = network(MABN2d)
+    images = torch.randn(2 + comm.get_rank(), 3, 16, 16, dtype=torch.float64)
+    images += comm.get_rank()
+    mabn_d2.from_bn(model, state, [images])
+    return images, model.state_dict()
+
+
+def test_measured_statistics_are_those_of_the_images_of_all_workers(tmp_path):
+    state = trained(network(None, bias=True)).state_dict()
+    results = run_workers(2, measure_on_a_worker, tmp_path, state)
+    (_, model), (_, other) = results
+    for key, value in model.items():
+        assert torch.equal(value, other[key]), key
+    convolution = nn.Conv2d(3, 8, 3, bias=False).double()
+    convolution.weight.data.copy_(state["0.weight"])
+    x = convolution(torch.cat([images for images, _ in results]))
+    torch.testing.assert_close(model["1.running_mean"], x.mean((0, 2, 3)))
+    torch.testing.assert_close(model["1.running_var"], x.var((0, 2, 3), unbiased=False))

@@ -7,7 +7,7 @@ from detectron2.engine import HookBase
 
 from mabn_d2.data.loader import TrainLoader
 from mabn_d2.engine import LazyTrainer, load_lazy_config
-from mabn_d2.engine.hooks import DoubleForward, PreciseStatistics
+from mabn_d2.engine.hooks import DoubleForward, PreciseStatistics, statistics_batches
 from mabn_d2.layers import MABN2d
 from mabn_d2.training import population_statistics
 from mabn_d2.utils.random import random_state, set_random_state
@@ -109,7 +109,7 @@ def test_precise_statistics_are_the_populations_before_evaluation_and_checkpoint
     assert reads == []  # the annotations are those of the training loader
     saved = torch.load(tmp_path / "model_final.pth", weights_only=False)["model"]
     trainer.iter = trainer.max_iter - 1  # where the hook was called
-    batches = iter(hook._batches())
+    batches = iter(statistics_batches(hook.trainer))
     set_random_state(random_states.last)  # the model draws in training
     with population_statistics(trainer.model), torch.no_grad():
         for _ in range(4):
