@@ -77,6 +77,11 @@ def files(tmp_path):
         (["SOLVER.MAX_ITER", "None"], "SOLVER.MAX_ITER must be a positive integer, got None"),
         (["SOLVER.MAX_ITERS", "3"], "SOLVER.MAX_ITERS"),
         (["SOLVER.MAX_ITER.MORE", "3"], "TypeError"),
+        (["STATISTICS.PERIOD", "0"], "STATISTICS.PERIOD must be a positive integer, got 0"),
+        (
+            ["STATISTICS.ENABLED", "True", "STATISTICS.LAYERS", "['stem']"],
+            "STATISTICS.LAYERS: No norm of the model matches 'stem'; its norms are backbone",
+        ),
         (["MODEL", "{}"], "MODEL"),
         (["MODEL.RESNETS", "None"], "MODEL.RESNETS"),
         (["MODEL.WEIGHTS", "None"], "MODEL.WEIGHTS must be a string, got None"),

@@ -128,7 +128,8 @@ class DoubleForward(HookBase):
         self._double_forward.renew()
 
     def after_train(self):
-        self._double_forward.remove()
+        if hasattr(self, "_double_forward"):  # else a hook has failed before training
+            self._double_forward.remove()
 
 
 class RecordStatistics(HookBase):
@@ -175,7 +176,8 @@ class RecordStatistics(HookBase):
                 f.write(json.dumps({"iteration": self.trainer.iter, **values}) + "\n")
 
     def after_train(self):
-        self._recorder.remove()
+        if hasattr(self, "_recorder"):
+            self._recorder.remove()
 
 
 def build_hooks(

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.utils.file_io import PathManager
 
 from ..layers import options_of
+from ..utils.command_line import one_line
 from .registry import NORM_REGISTRY, check_norm_names, norm_options
 
 
@@ -72,19 +73,13 @@ def load_config(file: str, overrides: Sequence = ()) -> CfgNode:
     try:
         cfg.merge_from_file(file)
     except Exception as error:
-        raise ValueError(f"{file} is not a config of Detectron2: {_one_line(error)}") from error
+        raise ValueError(f"{file} is not a config of Detectron2: {one_line(error)}") from error
     try:
         cfg.merge_from_list(list(overrides))
     except Exception as error:
-        raise ValueError(_one_line(error)) from error
+        raise ValueError(one_line(error)) from error
     norm_options(cfg)
     check_norm_names(cfg)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     return cfg
-
-
-def _one_line(error: Exception) -> str:
-    """The message of an error; that of a KeyError is what it was raised with."""
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(message).split())

@@ -42,6 +42,32 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, _BATCH_NORMS)
 
 
+def select_norms(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
+    """
+    The norms of a model whose names match a pattern.
+
+    Args:
+        model: any module.
+        layers: patterns of names as `fnmatch` has them, like `backbone.*.norm`.
+
+    Raises:
+        ValueError: a pattern matches no norm of the model.
+    """
+    norms = {name: module for name, module in model.named_modules() if is_norm(module)}
+    for pattern in layers:
+        if not fnmatch.filter(norms, pattern):
+            names = list(norms)
+            shown = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
+            raise ValueError(
+                f"No norm of the model matches {pattern!r}; its norms are {shown or 'none'}"
+            )
+    return {
+        name: module
+        for name, module in norms.items()
+        if any(fnmatch.fnmatch(name, pattern) for pattern in layers)
+    }
+
+
 class StatisticsRecorder:
     """
     Records the ℓ2 norms over the channels of the batch statistics of every norm of a model.
@@ -85,7 +111,7 @@ class StatisticsRecorder:
         """
         Args:
             model: any module.
-            layers: patterns of names as `fnmatch` has them, like `backbone.*.norm`.
+            layers: patterns of names, see :func:`select_norms`.
             period: every how many iterations something is recorded.
             grad_scaler: a `torch.amp.GradScaler` by which the loss is multiplied, or None.
             start_iter: the iteration that comes first.
@@ -95,17 +121,7 @@ class StatisticsRecorder:
         """
         if period < 1:
             raise ValueError(f"The period must be a positive integer, got {period}")
-        norms = {name: module for name, module in model.named_modules() if is_norm(module)}
-        for pattern in layers:
-            if not fnmatch.filter(norms, pattern):
-                raise ValueError(
-                    f"No norm of the model matches {pattern!r}; its norms are {', '.join(norms) or 'none'}"
-                )
-        self.layers = {
-            name: module
-            for name, module in norms.items()
-            if any(fnmatch.fnmatch(name, pattern) for pattern in layers)
-        }
+        self.layers = select_norms(model, layers)
         self._model = model
         self.period, self.grad_scaler, self.iteration = period, grad_scaler, start_iter
         self.records: list[Record] = []

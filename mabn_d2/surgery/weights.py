@@ -155,7 +155,7 @@ def has_statistics(module: nn.Module) -> bool:
 def _levels(name: str, norm: nn.Module) -> dict[str, nn.Module]:
     """The norm under its name, or those of a list of norms, one per feature level."""
     if are_levels(norm, has_statistics):
-        return {f"{name}.{i}": level for i, level in enumerate(norm)}
+        return {f"{name}.{i}": level for i, level in enumerate(norm.children())}
     return {name: norm}
 
 

@@ -5,11 +5,12 @@ import logging
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
 
+from ...statistics import select_norms
 from ...utils.command_line import one_line
 
 T = TypeVar("T")
@@ -41,6 +42,17 @@ def build(what: str, function: Callable[[torch.device], T]) -> T:
                     f"{what} cannot be built: {one_line(error)}, at `{place.line}` "
                     f"({os.path.basename(place.filename)}, line {place.lineno})"
                 ) from error
+
+
+def check_layers(model: torch.nn.Module, layers: Iterable[str], key: str) -> None:
+    """
+    Raises:
+        ValueError: a pattern matches no norm of the model; the message begins with the key.
+    """
+    try:
+        select_norms(model, layers)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from ...plugin.registry import check_norm_names, norm_options
 from ...plugin.scaling import check_batch, scaling_notice
 from ..resumable import check_trainer_state
 from ..trainer import EVALUATORS
-from .build import build, quiet
+from .build import build, check_layers, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
 from .files import check_arguments, check_output_dir, check_start
 from .operators import check_compiled_operators
@@ -181,6 +181,8 @@ def _build_all(cfg: CfgNode, eval_only: bool) -> None:
         return build_model(there)
 
     model = build("The model of MODEL", build_one)
+    if cfg.get("STATISTICS", {"ENABLED": False})["ENABLED"]:
+        check_layers(model, cfg.STATISTICS.LAYERS, "STATISTICS.LAYERS")
     build("The mapper of INPUT", lambda _: DatasetMapper(cfg, is_train=not eval_only))
     if not eval_only:
         optimizer = build("The optimizer of SOLVER", lambda _: build_optimizer(cfg, model))

@@ -17,7 +17,7 @@ from ...layers.options import Accepted
 from ...plugin.registry import check_norm_name
 from ...plugin.scaling import check_lazy_batch, lazy_scaling_notice, scale_lazy_config
 from ..resumable import check_trainer_state
-from .build import build, quiet
+from .build import build, check_layers, quiet
 from .datasets import Needs, check_coco_ground_truth, check_dataset, check_training_data
 from .files import check_arguments, check_output_dir, check_start
 from .values import (
@@ -31,6 +31,7 @@ from .values import (
     SEED,
     STRING,
     either,
+    list_of,
     one_of,
 )
 
@@ -56,6 +57,9 @@ _ACCEPTED_IF_THERE: dict[str, Accepted] = {
     "optimizer.lr": NON_NEGATIVE_NUMBER,
     "dataloader.train.total_batch_size": INTEGER,
     "dataloader.train.num_workers": NON_NEGATIVE_INTEGER,
+    "train.statistics.enabled": BOOLEAN,
+    "train.statistics.layers": list_of(NON_EMPTY_STRING, at_least=1),
+    "train.statistics.period": POSITIVE_INTEGER,
     "dataloader.train.mapper.instance_mask_format": one_of("polygon", "bitmask"),
     "dataloader.test.num_workers": NON_NEGATIVE_INTEGER,
 }
@@ -172,6 +176,8 @@ def _build_all(cfg: DictConfig, eval_only: bool) -> None:
     model = build("model", lambda device: instantiate(cfg.model).to(device))
     if eval_only:
         return
+    if OmegaConf.select(cfg, "train.statistics.enabled"):
+        check_layers(model, cfg.train.statistics.layers, "train.statistics.layers")
     mapper = OmegaConf.select(cfg, "dataloader.train.mapper")
     if mapper is not None:
         build("dataloader.train.mapper", lambda _: instantiate(mapper))

@@ -104,6 +104,8 @@ _ACCEPTED: dict[str, Accepted] = {
     "VERSION": one_of(2),
     "OUTPUT_DIR": NON_EMPTY_STRING,
     "SEED": SEED,
+    "STATISTICS.LAYERS": list_of(NON_EMPTY_STRING, at_least=1),
+    "STATISTICS.PERIOD": POSITIVE_INTEGER,
     "VIS_PERIOD": NON_NEGATIVE_INTEGER,
     "GLOBAL.HACK": Accepted("1.0, for nothing reads it", lambda value: value == 1.0),
     "DATALOADER.NUM_WORKERS": NON_NEGATIVE_INTEGER,
