@@ -7,11 +7,17 @@ from types import ModuleType
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as _mode_stack
 
 
 def is_eager() -> bool:
     """Whether operators run as they are called: nothing compiles them or handles them instead."""
     return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
+
+
+def _is_symbolic() -> bool:
+    """Whether a mode of PyTorch's own handles operators, in which tensors may have no values."""
+    return any(type(mode).__module__.startswith("torch.") for mode in _mode_stack())
 
 
 _constants: dict[tuple, torch.Tensor] = {}
@@ -26,7 +32,7 @@ def constant(
     Args:
         make: a factory such as `torch.zeros`.
     """
-    if not is_eager():
+    if torch.compiler.is_compiling() or _is_symbolic():
         return make(*args, dtype=dtype, device=device)
     key = (make, args, dtype, device)
     if key not in _constants:
