@@ -3,6 +3,13 @@
 from ..utils import needs_detectron2  # noqa: F401
 from .curves import plot_curves
 from .metrics import METRICS, ap_table, read_metrics
-from .predictions import draw_predictions
+from .predictions import draw_comparison, draw_predictions
 
-__all__ = ["METRICS", "ap_table", "draw_predictions", "plot_curves", "read_metrics"]
+__all__ = [
+    "METRICS",
+    "ap_table",
+    "draw_comparison",
+    "draw_predictions",
+    "plot_curves",
+    "read_metrics",
+]

@@ -33,8 +33,29 @@ def save(figure, picture: str) -> None:
     Raises:
         ValueError: the name does not end in .png or .svg.
     """
+    kind = kind_of(picture)
+    with atomic_write(os.fspath(picture)) as f:
+        figure.savefig(f, format=kind, dpi=DPI)
+
+
+def kind_of(picture: str) -> str:
+    """
+    "png" or "svg".
+
+    Raises:
+        ValueError: the name does not end in .png or .svg.
+    """
     kind = os.path.splitext(os.fspath(picture))[1]
     if kind not in (".png", ".svg"):
         raise ValueError(f"{picture} must end in .png or .svg")
-    with atomic_write(os.fspath(picture)) as f:
-        figure.savefig(f, format=kind[1:], dpi=DPI)
+    return kind[1:]
+
+
+def class_colour(number: int, classes: int) -> tuple[float, ...]:
+    """RGB of one of the classes: ten that differ well, or else spread around the colour circle."""
+    from matplotlib import colors
+
+    if number < classes <= len(COLOURS):
+        return colors.to_rgb(COLOURS[number])
+    golden = 0.618034
+    return tuple(colors.hsv_to_rgb((number * golden % 1, 0.85, (0.95, 0.75)[number % 2])))

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
-from detectron2.structures import BoxMode
+from detectron2.structures import BoxMode, Instances
 
-from .canvas import COLOURS, DPI, GREY, new_figure, save
+from .canvas import DPI, GREY, class_colour, kind_of, new_figure, save
 from .run import count, describe_model, read_config
 
 PREDICTIONS = os.path.join("inference", "coco_instances_results.json")
@@ -52,19 +52,62 @@ def draw_predictions(output_dir: str, picture: str, num_images: int = 6, seed: i
             range.
         ImportError: matplotlib is not installed.
     """
-    if num_images < 1:
-        raise ValueError(f"the number of images must be at least 1, got {num_images}")
     cfg = read_config(output_dir)
     detections = _read_detections(os.path.join(output_dir, PREDICTIONS))
     name = cfg.DATASETS.TEST[-1]  # the detections of further data sets replace those of the first
-    records = _load_dataset(name)
     metadata = MetadataCatalog.get(name)
-    pairs = []
-    for record in _choose(records, num_images, seed):
-        found = [_detected(entry, metadata) for entry in detections[record["image_id"]]]
-        pairs.append((record, [_annotated(a, record) for a in record["annotations"]], found))
-    title = f"{describe_model(cfg)}, on {name}"
-    save(_draw_panel(pairs, list(metadata.thing_classes), title), picture)
+
+    def found(record: dict) -> list[_Object]:
+        return [_detected(entry, metadata) for entry in detections[record["image_id"]]]
+
+    _compare(name, found, picture, describe_model(cfg), num_images, seed)
+
+
+def draw_comparison(
+    name: str,
+    detect: Callable[[dict], Instances],
+    picture: str,
+    model: str,
+    num_images: int = 6,
+    seed: int = 0,
+    threshold: float = SCORE_THRESHOLD,
+) -> None:
+    """
+    :func:`draw_predictions` of a model that runs now.
+
+    Args:
+        name: of a registered data set.
+        detect: takes a record of the data set, and gives what the model detects in its image.
+        picture: PNG or SVG file to write.
+        model: in words, for the title.
+        num_images, seed: as there.
+        threshold: score of the detections to draw.
+
+    Raises:
+        As there.
+    """
+    _compare(
+        name, lambda record: _objects(detect(record)), picture, model, num_images, seed, threshold
+    )
+
+
+def _compare(
+    name: str,
+    found: Callable[[dict], list[_Object]],
+    picture: str,
+    model: str,
+    num_images: int,
+    seed: int,
+    threshold: float = SCORE_THRESHOLD,
+) -> None:
+    if num_images < 1:
+        raise ValueError(f"the number of images must be at least 1, got {num_images}")
+    kind_of(picture)
+    records = _choose(_load_dataset(name), num_images, seed)
+    truth = [[_annotated(a, record) for a in record["annotations"]] for record in records]
+    pairs = list(zip(records, truth, map(found, records)))
+    classes = list(MetadataCatalog.get(name).thing_classes)
+    save(_draw_panel(pairs, classes, f"{model}, on {name}", threshold), picture)
 
 
 def _read_detections(path: str) -> dict[Any, list[dict]]:
@@ -85,7 +128,7 @@ def _read_detections(path: str) -> dict[Any, list[dict]]:
 
 def _load_dataset(name: str) -> list[dict]:
     if name not in DatasetCatalog.list():
-        raise ValueError(f"the data set {name} of the run is not registered")
+        raise ValueError(f"the data set {name} is not registered")
     path = MetadataCatalog.get(name).get("json_file")
     if path and not os.path.isfile(path):
         raise FileNotFoundError(
@@ -125,19 +168,55 @@ def _detected(entry: dict, metadata) -> _Object:
     return _Object(category, box, mask, entry["score"])
 
 
-def _select(found: list[_Object]) -> tuple[list[_Object], str]:
+def _objects(instances: Instances) -> list[_Object]:
+    """Of Detectron2's detections in the size of their image."""
+    fields = instances.to("cpu").get_fields()
+    boxes, classes = fields["pred_boxes"].tensor.numpy(), fields["pred_classes"].tolist()
+    masks = fields["pred_masks"].numpy() if "pred_masks" in fields else [None] * len(boxes)
+    return [_Object(*thing) for thing in zip(classes, boxes, masks, fields["scores"].tolist())]
+
+
+def draw_detections(
+    image: np.ndarray, instances: Instances, classes: Sequence[str], scale: float
+) -> np.ndarray:
+    """
+    Draws detections as :func:`draw_predictions` does; a class has the same colour in all images.
+
+    Args:
+        image: shape (H, W, 3), uint8, RGB.
+        instances: what Detectron2 detects in it.
+        classes: names of all classes.
+        scale: of the result against the image; labels keep their size.
+
+    Returns:
+        Shape (scale·H, scale·W, 3), uint8, RGB.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: a class has no name.
+    """
+    height, width = (round(scale * n) for n in image.shape[:2])
+    figure = new_figure((width + 1e-4) / DPI, (height + 1e-4) / DPI)
+    _draw_objects(figure.add_axes((0, 0, 1, 1)), image, scale, _objects(instances), classes)
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[:, :, :3]
+
+
+def _select(found: list[_Object], threshold: float = SCORE_THRESHOLD) -> tuple[list[_Object], str]:
     """The detections to draw, best first, and the caption that says which they are."""
     found = sorted(found, key=lambda detection: -detection.score)  # type: ignore[operator]
-    shown = [detection for detection in found if detection.score >= SCORE_THRESHOLD]  # type: ignore[operator]
+    shown = [detection for detection in found if detection.score >= threshold]  # type: ignore[operator]
     if shown:
-        return shown, f"{count(len(shown), 'detection')} of score ≥ {SCORE_THRESHOLD}"
+        return shown, f"{count(len(shown), 'detection')} of score ≥ {threshold}"
     if found:
         best = found[:BEST]
-        return best, f"none of score ≥ {SCORE_THRESHOLD}, the best {len(best)} shown"
+        return best, f"none of score ≥ {threshold}, the best {len(best)} shown"
     return [], "no detections"
 
 
-def _draw_panel(pairs: list[tuple[dict, list, list]], classes: list[str], title: str):
+def _draw_panel(
+    pairs: list[tuple[dict, list, list]], classes: list[str], title: str, threshold: float
+):
     """A figure with two images in a row, and ground truth and detections of each."""
     sizes = np.array([(record["width"], record["height"]) for record, _, _ in pairs], float)
     # Pixels; small images are enlarged so that labels are small against the objects.
@@ -154,7 +233,7 @@ def _draw_panel(pairs: list[tuple[dict, list, list]], classes: list[str], title:
     figure.text(0.5, 1 - 28 / height, title, ha="center", va="center", fontsize=14, weight="bold")
     for number, (record, truth, found) in enumerate(pairs):
         row, column = divmod(number, across)
-        shown, remark = _select(found)
+        shown, remark = _select(found, threshold)
         remarks = f"image {record['image_id']}: {count(len(truth), 'object')}", remark
         image = read_image(record["file_name"], "RGB")
         w, h = sizes[number]
@@ -171,12 +250,15 @@ def _draw_panel(pairs: list[tuple[dict, list, list]], classes: list[str], title:
 
 def _draw_objects(axes, image: np.ndarray, scale: float, objects: list[_Object], classes) -> None:
     """Draws on axes that are `scale` times as large as the image, in pixels."""
+    highest = max((thing.category for thing in objects), default=0)
+    if highest >= len(classes):
+        raise ValueError(f"the model finds class {highest}, the data set names {len(classes)}")
     height, width = scale * image.shape[0], scale * image.shape[1]
     axes.imshow(image, extent=(0, width, height, 0), interpolation="bicubic")
     axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     for thing in sorted(objects, key=lambda thing: -_area(thing.box)):
-        _draw_shape(axes, thing, scale, _colour(thing.category, len(classes)))
+        _draw_shape(axes, thing, scale, class_colour(thing.category, len(classes)))
     taken: list[tuple[float, ...]] = []
     for thing in sorted(objects, key=lambda thing: _area(thing.box)):
         _draw_label(axes, thing, scale, classes, taken)
@@ -203,7 +285,7 @@ def _draw_label(axes, thing: _Object, scale: float, classes, taken: list) -> Non
     """Writes class and score where no label is yet; `taken` lists the boxes of all labels."""
     name = classes[thing.category] + " (crowd)" * thing.crowd
     text = name if thing.score is None else f"{name} {thing.score:.2f}"
-    colour = _colour(thing.category, len(classes))
+    colour = class_colour(thing.category, len(classes))
     dark = np.dot(colour, (0.299, 0.587, 0.114)) < 0.5
     label = axes.text(
         0, 0, text, fontsize=9, va="top", color="white" if dark else "black",
@@ -243,13 +325,3 @@ def _covered(box, others) -> float:
 
 def _area(box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
-
-
-def _colour(category: int, classes: int) -> tuple[float, ...]:
-    """RGB of a class: one of ten that differ well, or else spread around the colour circle."""
-    from matplotlib import colors
-
-    if classes <= len(COLOURS):
-        return colors.to_rgb(COLOURS[category])
-    golden = 0.618034
-    return tuple(colors.hsv_to_rgb((category * golden % 1, 0.85, (0.95, 0.75)[category % 2])))
