@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from mabn_d2 import ops
+from mabn_d2.layers import MABN2d
+from mabn_d2.ops import modes
 from mabn_d2.ops.per_channel import as_product
 
 triton = pytest.importorskip("triton")
+from mabn_d2.ops import triton_passes as passes  # noqa: E402
 from mabn_d2.ops import triton_vectors as kernels  # noqa: E402
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -33,6 +36,22 @@ def test_the_kernels_numbers_are_those_of_the_plain_functions():
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "...." in done.stdout, done.stdout
+
+
+@pytest.fixture(autouse=True)
+def loops_run_to_a_bound_that_is_an_argument(monkeypatch):
+    """Triton's interpreter makes an `int` of an array with one element, which NumPy 2.4 refuses."""
+    if not IS_INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope, *others):
+        patch_tensor(tensor, scope, *others)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
 
 
 def close(actual, expected):
@@ -86,38 +105,155 @@ def test_through_warm_up_and_batches_that_are_not_finite(
     assert count == psi_count == 2 * size + 4
 
 
-POINTERS = {"count_pointer": "*i64"}
-NUMBERS = {"warmup_iters": "i32", "renorm_start_iter": "i32"}
-NUMBERS |= dict.fromkeys(["least_ratio", "most_ratio", "momentum", "eps", "share"], "fp32")
-KERNELS = ["_forward_kernel", "_backward_kernel", "_product_kernel"]
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+class Scaler:
+    """Of a `GradScaler`, the scale: it needs a GPU itself."""
+
+    def scale(self, value):
+        return value * 1024.0
+
+
+def layer(lag, affine, shift):
+    torch.manual_seed(1)
+    norm = MABN2d(
+        5, buffer_size=3, warmup_iters=2, renorm_start_iter=5, renorm_clip=1.3, lag=lag,
+        momentum=0.3, affine=affine,
+    ).train()  # fmt: skip
+    if affine:
+        torch.nn.init.uniform_(norm.weight, -1, 2)
+        torch.nn.init.uniform_(norm.bias, -1, 1)
+        with torch.no_grad():
+            norm.weight[:2] = torch.tensor([0.0, 1e-20])
+    norm.running_mean += torch.linspace(-1, 1, 5) * shift
+    return norm
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "lag, affine, shift, scaler, layout, dtype",
+    [
+        (0, True, 1, None, "NCHW", torch.float32),
+        (0, True, 1, None, "channels_last", torch.bfloat16),
+        (0, False, 0, None, "NCHW", torch.float16),
+        (0, False, 0, None, "channels_last", torch.float32),
+        (1, True, 1, Scaler(), "NCHW", torch.float16),
+        (1, True, 1, Scaler(), "channels_last", torch.float32),
+        (1, False, 0, None, "NCHW", torch.bfloat16),
+        (1, False, 0, None, "channels_last", torch.float16),
+    ],
+)
+def test_a_layer_that_writes_before_all_is_known_has_the_plain_layers_numbers(
+    monkeypatch, lag, affine, shift, scaler, layout, dtype
+):
+    # Several tiles in a program, several programs, the last ones not full.
+    monkeypatch.setattr(passes, "TILES", {True: (8, 4), False: (16, 1)})
+    monkeypatch.setattr(passes, "PROGRAMS", 10)
+    monkeypatch.setattr(passes, "ROWS", 2)
+    monkeypatch.setattr(kernels, "ROWS", 2)
+    norms = [layer(lag, affine, shift) for _ in range(2)]
+    for norm in norms:
+        norm.grad_scaler = scaler
+    torch.manual_seed(2)
+    rewrite, how_many_differ = passes._rewrite, []
+
+    class Counting:
+        def __getitem__(self, grid):
+            def start(x, d, out, differs, *others, **options):
+                how_many_differ.append(differs.sum().item())
+                return rewrite[grid](x, d, out, differs, *others, **options)
+
+            return start
+
+    monkeypatch.setattr(passes, "_rewrite", Counting())
+    for step in range(12):
+        x = torch.randn(2, 5, 3, 5 + step % 3)
+        if step == 8:
+            x[:, 1] *= 5  # r is clipped
+        if step in (1, 5, 9):
+            x[0, 2, 0, 0] = float("inf")
+        x = x.to(dtype).contiguous(memory_format=LAYOUTS[layout])
+        d = torch.randn(x.shape).to(dtype)
+        if step == 10:
+            d[0, 0, 0, 0] = float("nan")
+        results = []
+        for norm, uses_triton in zip(norms, (False, True)):
+            wants = [x.clone().requires_grad_()] + list(norm.parameters())
+            with monkeypatch.context() as patch:
+                if uses_triton:
+                    patch.setattr(modes, "triton_for", lambda vector: kernels)
+                out = norm(wants[0])
+                gradients = torch.autograd.grad(out, wants, d)
+            for tensor in (out, gradients[0]):
+                assert tensor.dtype == dtype and tensor.stride() == x.stride()
+            results.append([out, *gradients, *norm.buffers()])
+        for expected, actual in zip(*results):
+            expected, actual = expected.double(), actual.double()
+            finite = expected[expected.isfinite()].abs()
+            atol = TOLERANCE[dtype] * max(finite.max().item() if len(finite) else 0, 1)
+            torch.testing.assert_close(actual, expected, rtol=0, atol=atol, equal_nan=True)
+    every = 1 + lag  # the backward pass rewrites as well
+    assert how_many_differ[::every] == [5] * 7 + ([0, 0, 1, 1, 1] if lag else [0, 1, 1, 1, 0])
+    if lag:  # ψ is averaged from the fifth recorded one on
+        assert how_many_differ[1::2] == [5, 5, 5, 5, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert not norms[1]._known and norms[1].psi.count == 8
+
+
+TYPES = dict.fromkeys(["warmup_iters", "renorm_start_iter", "parts", "M", "C"], "i32")
+TYPES |= dict.fromkeys(passes.SIZES, "i32")
+TYPES |= dict.fromkeys(["least_ratio", "most_ratio", "momentum", "eps", "share"], "fp32")
+TYPES |= {"count_pointer": "*i64", "differs": "*i8"}
+MAPS = ["x", "d", "out", "grad_x"]
+VECTOR_KERNELS = ["_forward_kernel", "_backward_kernel", "_product_kernel"]
+PASSES = ["_forward_pass", "_backward_pass", "_rewrite"]
+
+for_every_capability = pytest.mark.parametrize("capability", [70, 80, 90])
 
 
 @compiled
-@pytest.mark.parametrize("capability", [70, 80, 90])
-@pytest.mark.parametrize("kernel", KERNELS)
+@for_every_capability
+@pytest.mark.parametrize("kernel", VECTOR_KERNELS)
 @pytest.mark.parametrize("channels, size", [(64, 16), (300, 33)])
-def test_every_kernel_compiles_for_gpus_that_are_not_there(
+def test_every_kernel_for_vectors_compiles_for_gpus_that_are_not_there(
     monkeypatch, tmp_path, kernel, capability, channels, size
 ):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(kernels, kernel)
     constants = dict(C=channels, M=size, BLOCK=kernels.BLOCK, ROWS=kernels.ROWS)
     for flags in (True, False):
         constants |= dict.fromkeys(["HAS_WEIGHT", "HAS_SCALE", "RENORMALIZES", "LAG"], flags)
-        signature, given = {}, {}
-        for name in function.arg_names:
-            if name in constants:
-                given[name] = constants[name]
-            signature[name] = (
-                "constexpr" if name in constants
-                else NUMBERS.get(name) or POINTERS.get(name, "*fp32")
-            )  # fmt: skip
-        compile_for(function, signature, given, capability, monkeypatch)
+        compile_for(getattr(kernels, kernel), TYPES, constants, capability, monkeypatch)
 
 
-def compile_for(function, signature, constants, capability, monkeypatch):
+@compiled
+@for_every_capability
+@pytest.mark.parametrize("kernel", PASSES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_pass_compiles_for_gpus_that_are_not_there(
+    monkeypatch, tmp_path, kernel, capability, layout
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    is_last = layout == "channels_last"
+    constants = dict(zip(["VALUES", "CHANNELS"], passes.TILES[is_last]))
+    constants |= dict(ROWS=passes.ROWS, CHANNELS_LAST=is_last)
+    for flag, dtype in [(True, "*fp32"), (False, "*fp16"), (True, "*bf16"), (False, "*bf16")]:
+        if dtype == "*bf16" and capability < 80:
+            continue
+        constants |= dict.fromkeys(["HAS_SCALE", "IS_BACKWARD"], flag)
+        types = TYPES | dict.fromkeys(MAPS, dtype)
+        compile_for(getattr(passes, kernel), types, constants, capability, monkeypatch)
+
+
+def compile_for(function, types, constants, capability, monkeypatch):
+    """Compiles a kernel; arguments without a type are pointers to float32."""
     from triton.compiler import ASTSource, compiler
 
+    constants = {p.name: constants[p.name] for p in function.params if p.is_constexpr}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*fp32")
+        for name in function.arg_names
+    }
     if triton.__version__.startswith("2."):
         from triton.compiler.backends.cuda import CUDABackend
 

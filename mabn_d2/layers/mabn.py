@@ -17,6 +17,7 @@ from ..ops import (
     mabn_backward_slope,
     mabn_forward_factors,
     second_moment_about,
+    triton_passes_for,
 )
 from .norm import Norm2d
 from .norm_batch import NormBatches
@@ -47,10 +48,12 @@ class _MABNFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, shift, factors, psi, norm_batch_size):
+    def forward(ctx, x, weight, bias, shift, factors, psi, norm_batch_size, known):
         batches = NormBatches(x.shape, norm_batch_size)
         ctx.save_for_backward(x, weight, shift, *factors)
         ctx.psi, ctx.norm_batch_size = psi, norm_batch_size
+        if known:
+            return known.pop()
         spread, scale = batches.spread, factors.scale
         bias = None if bias is None else spread(bias.expand_as(scale))
         out = affine_map(batches.split(x), spread(shift.expand_as(scale)), spread(scale), bias)
@@ -64,19 +67,24 @@ class _MABNFunction(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         batches = NormBatches(x.shape, ctx.norm_batch_size)
         spread = batches.spread
+        lag = ctx.psi[-1]
+        kernels = triton_passes_for(x, scale) if lag and needs_x and batches.num == 1 else None
 
         def slope(sum_dz):
             sum_dz, num_values = batches.total(sum_dz), batches.counts(sum_dz)
             return spread(mabn_backward_slope(sum_dz, num_values, squared, weight, *ctx.psi))
 
-        grad_x, sum_dz, sum_d = affine_map_backward(
-            batches.split(d), batches.split(x), spread(shift.expand_as(scale)), spread(scale),
-            spread(unit), slope, needs_x,
-        )  # fmt: skip
-        grad_x = batches.join(grad_x, x) if needs_x else None
+        if kernels is not None:
+            grad_x, sum_dz, sum_d = kernels.mabn_backward(d, x, shift, *factors, weight, *ctx.psi)
+        else:
+            grad_x, sum_dz, sum_d = affine_map_backward(
+                batches.split(d), batches.split(x), spread(shift.expand_as(scale)), spread(scale),
+                spread(unit), slope, needs_x,
+            )  # fmt: skip
+            grad_x = batches.join(grad_x, x) if needs_x else None
         grad_weight = batches.sum(sum_dz) if needs_weight else None
         grad_bias = batches.sum(sum_d) if needs_bias else None
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
 class MABN2d(Norm2d):
@@ -118,6 +126,8 @@ class MABN2d(Norm2d):
     """
 
     needs_centralized_kernel = True
+    # The output, in a list, where it was known as soon as the statistics were.
+    _known = None
 
     @checked
     def __init__(
@@ -181,14 +191,24 @@ class MABN2d(Norm2d):
 
     @torch.no_grad()
     def _update_statistics(self, x: torch.Tensor, batches: NormBatches) -> ForwardFactors:
+        ring = self.second_moment
+        renorm_start_iter = self.renorm_start_iter if self.renormalize else None
+        arguments = (
+            ring.values, ring.count, self.running_var, self._float(self.weight),
+            self.average_start_iter, renorm_start_iter, self.renorm_clip, self.momentum, self.eps,
+            self.lag,
+        )  # fmt: skip
+        if batches.num == 1 and self.renormalize:
+            kernels = triton_passes_for(x, self.running_var)
+            if kernels is not None:
+                out, factors = kernels.mabn_forward(
+                    x, self.running_mean, self._float(self.bias), *arguments
+                )
+                self._known = [out]
+                return ForwardFactors(*factors)
         shift = batches.spread(self.running_mean.expand(batches.num, -1))
         second_moment = batches.mean(second_moment_about(batches.split(x), shift))
-        ring = self.second_moment
-        return mabn_forward_factors(
-            second_moment, ring.values, ring.count, self.running_var, self._float(self.weight),
-            self.average_start_iter, self.renorm_start_iter if self.renormalize else None,
-            self.renorm_clip, self.momentum, self.eps, self.lag,
-        )  # fmt: skip
+        return mabn_forward_factors(second_moment, *arguments)
 
     @torch.no_grad()
     def set_population_statistics(self, mean: torch.Tensor, var: torch.Tensor) -> None:
@@ -209,7 +229,7 @@ class MABN2d(Norm2d):
         psi = loss_scale, self.psi.values, self.psi.count, self.average_start_iter, self.lag
         return _MABNFunction.apply(
             x, self._float(self.weight), self._float(self.bias), self.running_mean, statistics, psi,
-            self.norm_batch_size,
+            self.norm_batch_size, self._known,
         )  # fmt: skip
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):

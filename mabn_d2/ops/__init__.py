@@ -1,6 +1,6 @@
 """What the norms compute, under names that say so: PyTorch's operators and their counterparts."""
 
-from .modes import constant
+from .modes import constant, triton_passes_for
 from .moving_average import (
     ForwardFactors,
     Recorded,
@@ -36,4 +36,5 @@ __all__ = [
     "record_and_average",
     "record_one",
     "second_moment_about",
+    "triton_passes_for",
 ]

@@ -52,6 +52,15 @@ def triton_for(vector: torch.Tensor) -> ModuleType | None:
     return None
 
 
+def triton_passes_for(x: torch.Tensor, vector: torch.Tensor) -> ModuleType | None:
+    """The Triton kernels that go over a whole tensor, if they are to be used with x: see :func:`triton_for`."""
+    if triton_for(vector) is None:
+        return None
+    from . import triton_passes
+
+    return triton_passes if triton_passes.takes(x) else None
+
+
 @functools.cache
 def _import_triton(switch: str) -> ModuleType | None:
     if switch == "0":

@@ -95,7 +95,7 @@ def affine_map_backward(
                 grad_x, x, -subtrahend, subtrahend * mean if _may_differ_from_0(mean) else None
             )
         return grad_x, sum_dz, sum_d
-    d = _in_format_of(x, d)
+    d = in_format_of(x, d)
     _, _, sum_dz, sum_d = torch.batch_norm_backward_reduce(
         d, x, mean, unit, unit, False, True, True
     )
@@ -133,7 +133,7 @@ def normalization_backward(
         Σ d·z and Σ d, shape (C,).
     """
     if x.is_cuda:
-        d = _in_format_of(x, d)
+        d = in_format_of(x, d)
     if x.is_cuda and share is not None and needs_x:
         sum_d, sum_dx, sum_dz, _ = torch.batch_norm_backward_reduce(
             d, x, mean, inv_std, scale, True, True, False
@@ -200,7 +200,7 @@ def _may_differ_from_0(vector: torch.Tensor) -> bool:
     return not is_eager() or bool(vector.any())
 
 
-def _in_format_of(x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+def in_format_of(x: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     """d in x's memory format, which the gradient of x then has as well."""
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return d.contiguous(memory_format=torch.channels_last)

@@ -2,8 +2,9 @@
 The operations on vectors of C values in a MABN call, for one batch: a Triton kernel in place of some ten launches.
 
 Each function has the signature of its counterpart in `moving_average.py` or `per_channel.py` and returns the same
-numbers. A kernel is one program that goes through the channels block by block: whether a statistic is finite and
-which number it has concerns all channels, and nothing is read that another program may have changed.
+numbers; those named `_vectors` take sums in parts, shape (P, C), and tell where `triton_passes.py` was too early. A
+kernel is one program that goes through the channels block by block: whether a statistic is finite and which number it
+has concerns all channels, and nothing is read that another program may have changed.
 """
 
 import torch
@@ -11,7 +12,18 @@ import triton
 import triton.language as tl
 
 BLOCK = 128  # channels at a time
-ROWS = 16  # of the ring buffer at a time
+ROWS = 16  # of the ring buffer, or parts of a sum, at a time
+
+
+@triton.jit
+def _total(sums, parts, c, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """The sums of a block of channels from their parts."""
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(0, parts, ROWS):
+        row = first + tl.arange(0, ROWS)
+        mask = (row < parts)[:, None] & (c < C)[None, :]
+        total += tl.load(sums + row[:, None] * C + c[None, :], mask, 0.0)
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -34,34 +46,41 @@ def _push_and_average(
     return tl.where(finite & (count < warmup_iters), statistic, total / M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _forward_kernel(
-    second_moment, values, count_pointer, running_var, weight, unit, scale, squared, warmup_iters,
-    renorm_start_iter, least_ratio, most_ratio, momentum, eps, HAS_WEIGHT: tl.constexpr,
-    RENORMALIZES: tl.constexpr, LAG: tl.constexpr, C: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
+    sums, parts, share, values, count_pointer, running_var, weight, differs, unit, scale, squared,
+    warmup_iters, renorm_start_iter, least_ratio, most_ratio, momentum, eps,
+    HAS_WEIGHT: tl.constexpr, RENORMALIZES: tl.constexpr, LAG: tl.constexpr, C: tl.constexpr,
+    M: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(count_pointer)
     bad = 0
     for first in range(0, C, BLOCK):
         c = first + tl.arange(0, BLOCK)
-        value = tl.load(second_moment + c, c < C, 0.0)
+        value = _total(sums, parts, c, C, BLOCK, ROWS) * share
         bad += tl.sum(tl.where(tl.abs(value) < float("inf"), 0, 1), 0)  # NaN is not below
     finite = bad == 0
     new_count = count + finite.to(tl.int64)
     for first in range(0, C, BLOCK):
         c = first + tl.arange(0, BLOCK)
         mask = c < C
-        value = tl.load(second_moment + c, mask, 0.0)
+        value = _total(sums, parts, c, C, BLOCK, ROWS) * share
         moving = _push_and_average(value, finite, values, count, warmup_iters, c, LAG, C, M, ROWS)
         running = tl.load(running_var + c, mask, 1.0)
         tl.store(running_var + c, running + momentum * (moving - running), mask)
+        running += eps
         moving += eps
         ratio = tl.zeros_like(moving) + 1.0
+        cancels = c < 0
         if RENORMALIZES:
-            ratio = tl.where(new_count > renorm_start_iter, moving / (running + eps), 1.0)
+            ratio = moving / running
+            cancels = (ratio >= least_ratio) & (ratio <= most_ratio)
             ratio = tl.minimum(tl.maximum(ratio, least_ratio), most_ratio)
-        factor = tl.sqrt(ratio / moving)
+            is_started = new_count + tl.zeros_like(c) > renorm_start_iter
+            cancels = cancels & is_started
+            ratio = tl.where(is_started, ratio, 1.0)
+        factor = tl.where(cancels, 1.0 / tl.sqrt(running), tl.sqrt(ratio / moving))
+        tl.store(differs + c, tl.where(cancels, 0, 1), mask)
         tl.store(squared + c, moving, mask)
         tl.store(unit + c, factor, mask)
         if HAS_WEIGHT:
@@ -73,7 +92,7 @@ def _forward_kernel(
 def _psi(
     sum_dz, weight, share, loss_scale, c, mask, HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr
 ):
-    psi = tl.load(sum_dz + c, mask, 0.0)
+    psi = sum_dz
     if HAS_WEIGHT:
         psi *= tl.load(weight + c, mask, 0.0)
     psi *= share
@@ -82,28 +101,33 @@ def _psi(
     return psi
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _backward_kernel(
-    sum_dz, squared, weight, loss_scale, values, count_pointer, slope, share, warmup_iters,
-    HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, LAG: tl.constexpr, C: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    sums_dz, sums_d, parts, squared, weight, loss_scale, values, count_pointer, differs, slope,
+    sum_dz, sum_d, share, warmup_iters, HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr,
+    LAG: tl.constexpr, C: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(count_pointer)
     bad = 0
     for first in range(0, C, BLOCK):
         c = first + tl.arange(0, BLOCK)
-        psi = _psi(sum_dz, weight, share, loss_scale, c, c < C, HAS_WEIGHT, HAS_SCALE)
+        total = _total(sums_dz, parts, c, C, BLOCK, ROWS)
+        psi = _psi(total, weight, share, loss_scale, c, c < C, HAS_WEIGHT, HAS_SCALE)
         bad += tl.sum(tl.where(tl.abs(psi) < float("inf"), 0, 1), 0)
     finite = bad == 0
     for first in range(0, C, BLOCK):
         c = first + tl.arange(0, BLOCK)
         mask = c < C
-        psi = _psi(sum_dz, weight, share, loss_scale, c, mask, HAS_WEIGHT, HAS_SCALE)
+        total = _total(sums_dz, parts, c, C, BLOCK, ROWS)
+        psi = _psi(total, weight, share, loss_scale, c, mask, HAS_WEIGHT, HAS_SCALE)
         psi = _push_and_average(psi, finite, values, count, warmup_iters, c, LAG, C, M, ROWS)
         if HAS_SCALE:
             psi *= tl.load(loss_scale)
         tl.store(slope + c, psi / tl.load(squared + c, mask, 1.0), mask)
+        if LAG:
+            tl.store(differs + c, tl.where(count + tl.zeros_like(c) < warmup_iters, 1, 0), mask)
+            tl.store(sum_dz + c, total, mask)
+            tl.store(sum_d + c, _total(sums_d, parts, c, C, BLOCK, ROWS), mask)
     tl.store(count_pointer, count + finite.to(tl.int64))
 
 
@@ -118,31 +142,56 @@ def _product_kernel(scale, slope, factor, quotient, C: tl.constexpr, BLOCK: tl.c
     tl.store(quotient + c, tl.where(tl.abs(value) < float("inf"), value, 0.0), mask)
 
 
-def mabn_forward_factors(
-    second_moment, values, count, running_var, weight, warmup_iters, renorm_start_iter,
-    renorm_clip, momentum, eps, lag=0,
+def forward_vectors(
+    sums, share, values, count, running_var, weight, warmup_iters, renorm_start_iter, renorm_clip,
+    momentum, eps, lag,
 ):  # fmt: skip
-    unit, scale, squared = (torch.empty_like(second_moment) for _ in range(3))
+    """
+    `mabn_forward_factors` for χ²_B = share·Σ of `sums`, shape (P, C).
+
+    Returns:
+        where the unit is not 1 / sqrt(χ̂² + ε), int8 of shape (C,); then what `mabn_forward_factors` returns.
+    """
+    unit, scale, squared = (sums.new_empty(1, sums.shape[1]) for _ in range(3))
+    differs = torch.empty(sums.shape[1], dtype=torch.int8, device=sums.device)
     _forward_kernel[(1,)](
-        second_moment, values, count, running_var, second_moment if weight is None else weight,
-        unit, scale, squared, warmup_iters, renorm_start_iter or 0, renorm_clip**-2, renorm_clip**2,
-        momentum, eps, HAS_WEIGHT=weight is not None, RENORMALIZES=renorm_start_iter is not None,
-        LAG=lag, C=values.shape[1], M=values.shape[0], BLOCK=BLOCK, ROWS=ROWS,
+        sums, len(sums), share, values, count, running_var, sums if weight is None else weight,
+        differs, unit, scale, squared, warmup_iters, renorm_start_iter or 0, renorm_clip**-2,
+        renorm_clip**2, momentum, eps, HAS_WEIGHT=weight is not None,
+        RENORMALIZES=renorm_start_iter is not None, LAG=lag, C=values.shape[1], M=values.shape[0],
+        BLOCK=BLOCK, ROWS=ROWS,
     )  # fmt: skip
-    return unit, unit if weight is None else scale, squared
+    return differs, unit, unit if weight is None else scale, squared
 
 
-def mabn_backward_slope(
-    sum_dz, num_values, squared, weight, loss_scale, values, count, warmup_iters, lag=0
+def backward_vectors(
+    sums_dz, sums_d, num_values, squared, weight, loss_scale, values, count, warmup_iters, lag
 ):
-    slope = torch.empty_like(sum_dz)
+    """
+    `mabn_backward_slope` for the sum of `sums_dz`, shape (P, C).
+
+    Returns:
+        whether ψ̄ is not that of the ring buffer before, int8 of shape (C,); what `mabn_backward_slope` returns; the
+        sums of `sums_dz` and `sums_d`, shape (C,). All but the slope are set with a lag only.
+    """
+    slope, sum_dz, sum_d = (torch.empty_like(sums_dz[:1]) for _ in range(3))
+    differs = torch.empty(sums_dz.shape[1], dtype=torch.int8, device=sums_dz.device)
     _backward_kernel[(1,)](
-        sum_dz, squared, sum_dz if weight is None else weight,
-        sum_dz if loss_scale is None else loss_scale, values, count, slope, 1.0 / num_values,
-        warmup_iters, HAS_WEIGHT=weight is not None, HAS_SCALE=loss_scale is not None,
-        LAG=lag, C=values.shape[1], M=values.shape[0], BLOCK=BLOCK, ROWS=ROWS,
+        sums_dz, sums_d, len(sums_dz), squared, sums_dz if weight is None else weight,
+        sums_dz if loss_scale is None else loss_scale, values, count, differs, slope, sum_dz,
+        sum_d, 1.0 / num_values, warmup_iters, HAS_WEIGHT=weight is not None,
+        HAS_SCALE=loss_scale is not None, LAG=lag, C=values.shape[1], M=values.shape[0],
+        BLOCK=BLOCK, ROWS=ROWS,
     )  # fmt: skip
-    return slope
+    return differs, slope, sum_dz[0], sum_d[0]
+
+
+def mabn_forward_factors(second_moment, *others, **options):
+    return forward_vectors(second_moment, 1.0, *others, **options)[1:]
+
+
+def mabn_backward_slope(sum_dz, *others):
+    return backward_vectors(sum_dz, sum_dz, *others)[1]
 
 
 def as_product(scale, slope):
