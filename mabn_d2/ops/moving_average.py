@@ -55,23 +55,23 @@ def record(
 
 @torch.no_grad()
 def record_one(
-    statistic: torch.Tensor, values: torch.Tensor, count: torch.Tensor
+    statistic: torch.Tensor, values: torch.Tensor, count: torch.Tensor, limit: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     :func:`record` for one statistic, shape (1, ...), with the fewest operations.
 
     Returns:
-        the statistic's number, counted from 0, and whether it was recorded, both of shape (). The number is
-        NaN where it was not: it then equals no row and is below no number.
+        whether it was recorded as one of the first `limit`, and whether it was recorded, both of shape ().
     """
     options = dict(dtype=torch.float64, device=values.device)
     largest = torch.linalg.vector_norm(statistic, float("inf"))
+    # Counted from 0; NaN if the statistic is not finite, which equals no row and is below no limit.
     number = torch.addcmul(count, largest, constant(torch.zeros, (), **options))
     is_row = constant(torch.arange, len(values), **options) == number % len(values)
     torch.where(is_row.view(-1, *[1] * (values.dim() - 1)), statistic, values, out=values)
-    finite = largest < float("inf")
+    is_early, finite = (number < constant(torch.tensor, (limit, float("inf")), **options)).unbind()
     count += finite
-    return number, finite
+    return is_early, finite
 
 
 @torch.no_grad()
@@ -97,11 +97,11 @@ def record_and_average(
         return torch.where(is_warmup, statistics, windows.mean(1))
     if lag:
         averages = values.mean(0, keepdim=True)
-        number, _ = record_one(statistics, values, count)
+        is_warmup, _ = record_one(statistics, values, count, warmup_iters)
     else:
-        number, _ = record_one(statistics, values, count)
+        is_warmup, _ = record_one(statistics, values, count, warmup_iters)
         averages = values.mean(0, keepdim=True)
-    return torch.where(number < warmup_iters, statistics, averages)
+    return torch.where(is_warmup, statistics, averages)
 
 
 @torch.no_grad()
