@@ -5,9 +5,8 @@ Draws what a detector finds.
     tools/demo.py --config-file output/config.yaml --input photos more/*.jpg --output drawn \
         MODEL.WEIGHTS output/model_final.pth
     tools/demo.py --config-file output/config.yaml --exported model.onnx --input clip.mp4 --output drawn.mp4
-    tools/demo.py --config-file output/config.yaml --webcam 0 --window MODEL.WEIGHTS output/model_final.pth
-    tools/demo.py --config-file output/config.yaml --compare shapes_val --output panels.png \
-        MODEL.WEIGHTS output/model_final.pth
+    tools/demo.py --config-file output/config.yaml --exported model.onnx --webcam 0 --window
+    tools/demo.py --config-file output/config.yaml --exported model.onnx --compare shapes_val --output panels.png
 
 The model is folded: no norm is left in it. The classes have the names of the first data set of DATASETS.TEST.
 """
@@ -66,14 +65,8 @@ def compare(cfg, args):
             bar.update()
             return predictor(read_image(record["file_name"], "BGR"))["instances"]
 
-        draw_comparison(
-            args.compare,
-            detect,
-            args.output,
-            describe_model(cfg),
-            args.images,
-            threshold=args.score,
-        )
+        title = describe_model(cfg)
+        draw_comparison(args.compare, detect, args.output, title, args.images, args.score)
     print(f"{args.output} is written")
 
 
@@ -93,7 +86,8 @@ def predict(cfg, args):
                 if not target.write(name, draw(image, predictor(image), metadata, args.score)):
                     break
     finally:
-        print(f"{target.count}{f' of {total}' if total else ''} images are in {target.name}")
+        of = f" of {total}" if total else ""
+        print(f"{target.count}{of} images are drawn into {target.name}")
 
 
 def main(argv=None):

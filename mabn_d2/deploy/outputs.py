@@ -94,7 +94,7 @@ class VideoFile:
             raise ValueError(f"{output}: the folder {folder} does not exist")
         self._folder = folder
         self._frames_per_second = frames_per_second
-        self._writer = None
+        self._writer: cv2.VideoWriter | None = None
 
     def __enter__(self):
         # OpenCV takes the kind of video from the name.
@@ -113,7 +113,7 @@ class VideoFile:
         if self._writer is None:
             codec = CODECS[self._kind]
             self._writer = cv2.VideoWriter(
-                self._file, cv2.VideoWriter_fourcc(*codec), self._frames_per_second,
+                self._file, cv2.VideoWriter.fourcc(*codec), self._frames_per_second,
                 (picture.shape[1], picture.shape[0]),
             )  # fmt: skip
             if not self._writer.isOpened():
@@ -127,13 +127,13 @@ class VideoFile:
 
     def __exit__(self, kind, error, traceback) -> None:
         with self._partial:
-            if self._writer is None:
+            if self._writer is not None:
+                self._writer.release()
+            written, self.count = self.count, 0
+            if written == 0 or not (kind is None or issubclass(kind, KeyboardInterrupt)):
                 return
-            self._writer.release()
-            if kind is None or issubclass(kind, KeyboardInterrupt):
-                os.replace(self._file, self.name)
-            else:
-                self.count = 0
+            os.replace(self._file, self.name)
+            self.count = written
 
 
 class Window:

@@ -69,7 +69,6 @@ def draw_comparison(
     picture: str,
     model: str,
     num_images: int = 6,
-    seed: int = 0,
     threshold: float = SCORE_THRESHOLD,
 ) -> None:
     """
@@ -80,14 +79,19 @@ def draw_comparison(
         detect: takes a record of the data set, and gives what the model detects in its image.
         picture: PNG or SVG file to write.
         model: in words, for the title.
-        num_images, seed: as there.
-        threshold: score of the detections to draw.
+        num_images: as there.
+        threshold: least score of the detections to draw.
 
     Raises:
         As there.
     """
     _compare(
-        name, lambda record: _objects(detect(record)), picture, model, num_images, seed, threshold
+        name,
+        lambda record: _objects(detect(record)),
+        picture,
+        model,
+        num_images,
+        threshold=threshold,
     )
 
 
@@ -97,7 +101,7 @@ def _compare(
     picture: str,
     model: str,
     num_images: int,
-    seed: int,
+    seed: int = 0,
     threshold: float = SCORE_THRESHOLD,
 ) -> None:
     if num_images < 1:
