@@ -191,6 +191,8 @@ def test_weights_trained_with_bn_are_announced_with_the_file(tmp_path, caplog):
         Checkpointer(model).load(str(tmp_path / "mabn.pth"))
         assert "BN" not in caplog.text
         Checkpointer(model).load(str(tmp_path / "bn.pth"))
+        assert not caplog.text  # the function is kept
+        Checkpointer(model, weights_import="as_is").load(str(tmp_path / "bn.pth"))
     assert f"{tmp_path / 'bn.pth'} holds weights of another norm: BN for 1 layers" in caplog.text
 
 
