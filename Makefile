@@ -35,7 +35,7 @@ DEMO := output/shapes_mask_rcnn_R_18_FPN_mabn
 CLASSIFIER := output/fashion_mnist_resnet18_mabn_2
 TRANSFER := $(DEMO)_transfer
 
-.PHONY: setup setup-newest setup-compiled demo transfer test test-newest test-compiled test-fast \
+.PHONY: setup setup-newest setup-compiled demo transfer test test-newest test-compiled test-fast test-fast-newest test-fast-compiled \
 	test-dry-gpu test-dry-gpu-newest test-dry-gpu-compiled gpu gpu-rehearsal gpu-bundle lint format dist \
 	datasets/fashion-mnist clean
 .DELETE_ON_ERROR:
@@ -102,8 +102,10 @@ test: test-$(STACK)
 test-newest test-compiled: test-%: setup-%
 	$(ENVIRONMENT_$*)/bin/python $(PYTEST)
 
-test-fast: setup
-	$(RUN) $(PYTEST) -m "not slow"
+test-fast: test-fast-$(STACK)
+
+test-fast-newest test-fast-compiled: test-fast-%: setup-%
+	$(ENVIRONMENT_$*)/bin/python $(PYTEST) -m "not slow"
 
 # The code for CUDA on a GPU that is not there, see tests/dry_gpu/README.md.
 test-dry-gpu: test-dry-gpu-newest test-dry-gpu-compiled
