@@ -1,4 +1,5 @@
 import importlib.util
+import logging
 
 import numpy as np
 import pytest
@@ -14,6 +15,15 @@ torch.set_num_threads(1)
 def seeded():
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def open_streams_only():
+    """What an earlier test made a logger write to is closed, and each line to it would be an error."""
+    for logger in (logging.root, *map(logging.getLogger, list(logging.root.manager.loggerDict))):
+        for handler in logger.handlers[:]:
+            if getattr(getattr(handler, "stream", None), "closed", False):
+                logger.removeHandler(handler)
 
 
 def pytest_collection_modifyitems(items):
