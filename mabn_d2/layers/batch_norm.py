@@ -8,12 +8,11 @@ from torch.nn import functional as F
 
 from ..ops import (
     add_affine_,
-    channel_mean_var,
     exponential_averages,
     normalization_backward,
 )
 from .norm import Norm2d
-from .norm_batch import NormBatches
+from .norm_batch import NormBatches, batch_moments
 
 
 class Normalization(NamedTuple):
@@ -114,18 +113,8 @@ class BatchStatisticsNorm2d(Norm2d, nn.BatchNorm2d):
 
     def _update_statistics(self, x: torch.Tensor, batches: NormBatches) -> Normalization:
         with torch.no_grad():
-            dtype = self.running_var.dtype
-            mean, var = channel_mean_var(batches.split(x), dtype)
+            mean, var = batch_moments(x, batches, self.running_var.dtype)
             counts = batches.counts(var)
-            if (
-                batches.num > 1
-            ):  # from those of each image's planes to those of its normalization batch
-                deviation = mean
-                mean = batches.mean(mean)
-                deviation = deviation - batches.spread(mean)
-                var = batches.mean(var + deviation.square())
-            else:
-                mean, var = mean[None], var[None]
             return self._normalization(mean, var, counts)
 
     def _normalization(self, mean: torch.Tensor, var: torch.Tensor, counts) -> Normalization:

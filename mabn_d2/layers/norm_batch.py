@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+from ..ops import channel_mean_var
+
 
 class NormBatches:
     """
@@ -80,3 +82,24 @@ class NormBatches:
         counts = like.new_full((self.num, 1), self.size * h * w)
         counts[-1] = (n % self.size) * h * w
         return counts
+
+
+def batch_moments(
+    x: torch.Tensor, batches: NormBatches, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Mean and biased variance of each normalization batch.
+
+    Args:
+        x: shape (N, C, H, W), not empty.
+        dtype: of the results, at least float32.
+
+    Returns:
+        two tensors of shape (G, C).
+    """
+    mean, var = channel_mean_var(batches.split(x), dtype)
+    if batches.num == 1:
+        return mean[None], var[None]
+    of_batch = batches.mean(mean)  # from that of each image's planes
+    deviation = mean - batches.spread(of_batch)
+    return of_batch, batches.mean(var + deviation.square())

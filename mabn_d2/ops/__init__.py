@@ -16,6 +16,7 @@ from .per_channel import (
     affine_map,
     affine_map_backward,
     channel_mean_var,
+    gradient_sums,
     normalization_backward,
     second_moment_about,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "channel_mean_var",
     "constant",
     "exponential_averages",
+    "gradient_sums",
     "mabn_backward_slope",
     "mabn_forward_factors",
     "normalization_backward",

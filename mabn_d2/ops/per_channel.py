@@ -113,6 +113,15 @@ def affine_map_backward(
     return grad_x, sum_dz, sum_d
 
 
+def gradient_sums(
+    d: torch.Tensor, x: torch.Tensor, mean: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ d·(x - mean) and Σ d per channel, in one pass and without a temporary; vectors of shape (C,)."""
+    needs = [False, True, True]
+    _, dot, sum_d = _backward_of_map(d.to(x.dtype), x, torch.ones_like(mean), mean, needs)
+    return dot, sum_d
+
+
 def normalization_backward(
     d: torch.Tensor,
     x: torch.Tensor,

@@ -4,26 +4,7 @@ import torch
 
 from ..layers import MABN2d
 from ..layers.norm_batch import NormBatches
-from ..ops import channel_mean_var
-
-
-def batch_moments(x: torch.Tensor, batches: NormBatches) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Mean and biased variance of each normalization batch.
-
-    Args:
-        x: shape (N, C, H, W), not empty.
-
-    Returns:
-        two tensors of shape (G, C), at least float32.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    mean, var = channel_mean_var(batches.split(x), dtype)
-    if batches.num == 1:
-        return mean[None], var[None]
-    of_batch = batches.mean(mean)
-    deviation = mean - batches.spread(of_batch)
-    return of_batch, batches.mean(var + deviation.square())
+from ..ops import gradient_sums
 
 
 def projections(
@@ -43,13 +24,8 @@ def projections(
     Returns:
         two tensors of shape (G, C).
     """
-    means, inv_stds = batches.spread(mean), batches.spread(inv_std)
-    planes = batches.split(x)
-    _, sum_dy, sum_d = torch.ops.aten.native_batch_norm_backward(
-        batches.split(d.to(x.dtype)), planes, torch.ones_like(means), None, None,
-        means, inv_stds, True, 0.0, [False, True, True],
-    )  # fmt: skip
-    return batches.total(sum_d), batches.total(sum_dy)
+    dot, sum_d = gradient_sums(batches.split(d), batches.split(x), batches.spread(mean))
+    return batches.total(sum_d), batches.total(dot) * inv_std
 
 
 def moving_average_and_r(norm: MABN2d) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,8 +14,8 @@ from torch import nn
 
 from ..layers import MABN2d, Norm2d
 from ..layers.norm import in_backward
-from ..layers.norm_batch import NormBatches
-from .moments import batch_moments, moving_average_and_r, projections, psi_average
+from ..layers.norm_batch import NormBatches, batch_moments
+from .moments import moving_average_and_r, projections, psi_average
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, Norm2d)
 
@@ -204,7 +204,7 @@ class StatisticsRecorder:
         self, name: str, module: nn.Module, x: torch.Tensor, out: torch.Tensor
     ) -> None:
         batches = NormBatches(x.shape, getattr(module, "norm_batch_size", 0))
-        mean, var = batch_moments(x, batches)
+        mean, var = batch_moments(x, batches, torch.promote_types(x.dtype, torch.float32))
         used, r = moving_average_and_r(module) if isinstance(module, MABN2d) else (None, None)
         if not in_backward():  # else activation checkpointing runs the forward a second time
             self._add(name, "mean", mean)
