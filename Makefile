@@ -95,7 +95,7 @@ transfer: setup datasets/shapes datasets/fashion-mnist
 	$(RUN) tools/report.py $(TRANSFER)
 
 datasets/shapes: | setup
-	$(RUN) tools/make_synthetic_coco.py datasets --train 1000 --val 200
+	$(RUN) tools/make_synthetic_coco.py datasets --train 8000 --val 300 --workers 2
 
 test: test-$(STACK)
 

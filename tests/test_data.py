@@ -9,6 +9,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from detectron2.data import DatasetCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -16,7 +17,14 @@ from mabn_d2.data import make_synthetic_coco, register_shapes
 from mabn_d2.data.synthetic import looks as looks_module
 from mabn_d2.data.synthetic import make as synthetic
 from mabn_d2.data.synthetic.annotations import annotate, mask_to_polygons, uncompressed_rle
-from mabn_d2.data.synthetic.scenes import SHAPES, Scene, Thing, coco_scene, shapes_scene
+from mabn_d2.data.synthetic.scenes import (
+    PATTERNS,
+    SHAPES,
+    Scene,
+    Thing,
+    coco_scene,
+    shapes_scene,
+)
 
 from .helpers import load_tool
 
@@ -130,7 +138,7 @@ def test_an_error_in_a_worker_reaches_the_caller_and_leaves_nothing(tmp_path, mo
     "name, value",
     [
         *[("train", 0), ("val", -1), ("size", 31), ("seed", -1), ("workers", 0)],
-        *[("layout", "voc"), ("looks", "odd")],
+        *[("layout", "voc"), ("variety", "odd")],
     ],
 )
 def test_bad_values_are_named(tmp_path, name, value):
@@ -275,11 +283,13 @@ def test_the_ground_truth_scores_full_average_precision(shapes, kind):
 def test_every_look_is_equally_likely(monkeypatch):
     seen = collections.Counter()
     for name in looks_module.LOOKS:
-        count = lambda rng, image, name=name: seen.update([name])  # noqa: E731
+        count = lambda rng, image, name=name: name  # noqa: E731
         monkeypatch.setitem(looks_module.LOOKS, name, count)
     rng = np.random.default_rng(0)
     for _ in range(600):
-        looks_module.random_look(rng, np.zeros((2, 2, 3), np.float32))
+        name, result = looks_module.random_look(rng, np.zeros((2, 2, 3), np.float32))
+        assert result == name
+        seen[name] += 1
     assert set(seen) == {"dark", "haze", "noise", "cast", "blur", "inversion"}
     assert min(seen.values()) > 70
 
@@ -313,17 +323,60 @@ def test_blur_grows_with_the_image():
     assert np.isclose(slopes[0].max() / slopes[1].max(), 4, rtol=0.1)
 
 
+# ---- varieties -----------------------------------------------------------------------------------
+
+
+def images_of(root, layout="shapes"):
+    folder = root / ("train" + synthetic.LAYOUTS[layout].suffix)
+    return [cv2.imread(str(path)).astype(float) for path in sorted(folder.iterdir())]
+
+
 @pytest.mark.parametrize("layout", ["shapes", "coco2017"])
-def test_varied_images_differ_from_one_another_much_more_than_uniform_ones(tmp_path, layout):
+def test_images_with_looks_differ_from_one_another_much_more_than_those_alike(tmp_path, layout):
     spread = {}
-    for looks in ("varied", "uniform"):
-        root = make_synthetic_coco(tmp_path / looks, layout, train=30, val=1, size=64, looks=looks)
-        folder = root / ("train" + synthetic.LAYOUTS[layout].suffix)
-        images = [cv2.imread(str(path)).astype(float) for path in sorted(folder.iterdir())]
+    for variety in ("looks", "alike"):
+        arguments = dict(train=30, val=1, size=64, variety=variety)
+        images = images_of(make_synthetic_coco(tmp_path / variety, layout, **arguments), layout)
         means, deviations = np.array([[im.mean(), im.std()] for im in images]).T
-        spread[looks] = np.array([means.std(), deviations.std()])
-    assert (spread["varied"] > (1.7, 1.3) * spread["uniform"]).all(), spread
-    assert spread["varied"][0] > 40
+        spread[variety] = np.array([means.std(), deviations.std()])
+    assert (spread["looks"] > (1.7, 1.3) * spread["alike"]).all(), spread
+    assert spread["looks"][0] > 40
+
+
+def test_content_differs_after_each_image_is_normalized_by_itself(tmp_path):
+    spread, objects = {}, {}
+    for variety in ("content", "alike"):
+        root = make_synthetic_coco(tmp_path, train=40, val=1, variety=variety)
+        normalized = [(im - im.mean((0, 1))) / im.std((0, 1)) for im in images_of(root)]
+        edges = [cv2.Laplacian(image, cv2.CV_64F).std() for image in normalized]
+        spread[variety] = np.std(np.log(edges))
+        coco = load(root, "instances_train")
+        objects[variety] = np.std([len(coco.getAnnIds(image)) for image in coco.imgs])
+    assert spread["content"] > 2 * spread["alike"], spread
+    assert objects["content"] > 1.5 * objects["alike"], objects
+
+
+def test_the_annotations_tell_the_look_or_the_texture_of_each_image(tmp_path):
+    described = {"looks": ("look", {*looks_module.LOOKS}), "content": ("texture", {*PATTERNS})}
+    for variety, (key, names) in described.items():
+        root = make_synthetic_coco(tmp_path, train=60, val=1, size=32, variety=variety)
+        assert {image[key] for image in load(root, "instances_train").imgs.values()} == names
+    root = make_synthetic_coco(tmp_path, train=1, val=1, size=32, variety="alike")
+    assert not {"look", "texture"} & {*load(root, "instances_train").imgs[1]}
+
+
+def test_every_variety_of_shapes_is_registered(tmp_path):
+    for variety in synthetic.VARIETIES:
+        make_synthetic_coco(tmp_path, train=2, val=1, size=32, variety=variety)
+    register_shapes(str(tmp_path))
+    for name in ("shapes", "shapes_content", "shapes_alike"):
+        assert len(DatasetCatalog.get(f"{name}_train")) == 2
+        assert len(DatasetCatalog.get(f"{name}_val")) == 1
+
+
+def test_content_is_of_shapes_alone(tmp_path):
+    with pytest.raises(ValueError, match="variety .* looks, alike for layout coco2017.*'content'"):
+        make_synthetic_coco(tmp_path, "coco2017", variety="content")
 
 
 # ---- layout "coco2017" ---------------------------------------------------------------------------

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 from mabn_d2.data import make_synthetic_coco
-from mabn_d2.data.synthetic import LAYOUTS, LOOK_CHOICES
+from mabn_d2.data.synthetic import LAYOUTS, VARIETIES
 from mabn_d2.utils.command_line import without_usage
 
 NAMES = {
-    "shapes": "shapes_train, shapes_val (after mabn_d2.data.register_shapes())",
+    "shapes": "{folder}_train, {folder}_val (after mabn_d2.data.register_shapes())",
     "coco2017": "coco_2017_train, coco_2017_val, keypoints_coco_2017_{train,val},"
     " coco_2017_{train,val}_panoptic_separated",
 }
@@ -31,7 +31,11 @@ def parse_arguments() -> argparse.Namespace:
     sizes = ", ".join(f"{layout.size} for {name}" for name, layout in LAYOUTS.items())
     parser.add_argument("--size", type=int, help=f"short side in pixels; by default {sizes}")
     parser.add_argument("--seed", type=int, default=0, help="of all random choices")
-    parser.add_argument("--looks", default="varied", help=" or ".join(LOOK_CHOICES))
+    parser.add_argument(
+        "--variety",
+        default="looks",
+        help="how images differ from one another: " + " or ".join(VARIETIES),
+    )
     parser.add_argument("--workers", type=int, default=1, help="number of processes that draw")
     return parser.parse_args()
 
@@ -57,7 +61,7 @@ def main() -> int:
         print("make_synthetic_coco.py: interrupted, nothing is left behind", file=sys.stderr)
         return 130
     print(describe(root))
-    print(f"Detectron2 data sets: {NAMES[arguments.layout]}")
+    print("Detectron2 data sets:", NAMES[arguments.layout].replace("{folder}", root.name))
     print(f"Use them with: export DETECTRON2_DATASETS={shlex.quote(str(root.parent.resolve()))}")
     return 0
 

@@ -1,12 +1,16 @@
 """Registration of the synthetic shapes with Detectron2."""
 
+import itertools
 import os
 
+from .synthetic import SHAPES_FOLDERS
 from .synthetic.scenes import SHAPES
 
 
 def register_shapes(root: str | None = None) -> None:
     """Registers `shapes_train` and `shapes_val` with Detectron2's catalogs.
+
+    And `shapes_content_train` to `shapes_alike_val`, which are of the other varieties.
 
     Nothing is read before a data set is used. Registering the same root again does nothing;
     another root replaces the first.
@@ -20,9 +24,9 @@ def register_shapes(root: str | None = None) -> None:
 
     default: str = os.getenv("DETECTRON2_DATASETS", "datasets")
     root = os.path.expanduser(root or default)
-    for split in ("train", "val"):
-        name = f"shapes_{split}"
-        json_file = os.path.join(root, "shapes", "annotations", f"instances_{split}.json")
+    for folder, split in itertools.product(SHAPES_FOLDERS.values(), ("train", "val")):
+        name = f"{folder}_{split}"
+        json_file = os.path.join(root, folder, "annotations", f"instances_{split}.json")
         if name in DatasetCatalog.list():
             if MetadataCatalog.get(name).json_file == json_file:
                 continue
@@ -32,4 +36,4 @@ def register_shapes(root: str | None = None) -> None:
             "thing_classes": list(SHAPES),
             "thing_dataset_id_to_contiguous_id": {k + 1: k for k in range(len(SHAPES))},
         }
-        register_coco_instances(name, metadata, json_file, os.path.join(root, "shapes", split))
+        register_coco_instances(name, metadata, json_file, os.path.join(root, folder, split))

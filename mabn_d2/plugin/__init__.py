@@ -10,12 +10,14 @@ from .registry import (
     check_norm_names,
     norm_options,
 )
+from .resnet26 import build_resnet26_fpn_backbone
 from .scaling import check_batch, scaling_notice
 
 __all__ = [
     "DETECTRON2_NORMS",
     "NORM_REGISTRY",
     "add_mabn_config",
+    "build_resnet26_fpn_backbone",
     "check_batch",
     "check_norm_name",
     "check_norm_names",

@@ -17,27 +17,30 @@ import numpy as np
 from tqdm import tqdm
 
 from .annotations import annotate, panoptic
-from .looks import random_look
+from .looks import random_camera, random_look
 from .outlines import KEYPOINTS, SKELETON
-from .scenes import SHAPES, STUFF, Scene, coco_scene, shapes_scene
+from .scenes import SHAPES, STUFF, Content, Scene, coco_scene, shapes_scene
 
 SPLITS = ("train", "val")
-LOOK_CHOICES = ("varied", "uniform")
+
+SHAPES_FOLDERS = {"looks": "shapes", "content": "shapes_content", "alike": "shapes_alike"}
+VARIETIES = tuple(SHAPES_FOLDERS)
 
 _JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True)
 class _Layout:
-    folder: str  # below OUT
+    folders: dict[str, str]  # below OUT, by variety
     suffix: str  # of the names of the splits
     size: int  # default, in pixels
-    draw: Callable[[np.random.Generator, int], Scene]
+    draw: Callable[..., Scene]  # of a generator, the size and, where it varies, the content
 
 
 LAYOUTS = {
-    "shapes": _Layout("shapes", "", 128, shapes_scene),
-    "coco2017": _Layout("coco", "2017", 480, coco_scene),
+    "shapes": _Layout(SHAPES_FOLDERS, "", 128, shapes_scene),
+    # Detectron2 knows one folder.
+    "coco2017": _Layout({"looks": "coco", "alike": "coco"}, "2017", 480, coco_scene),
 }
 
 
@@ -50,7 +53,7 @@ class _Task:
     split: str
     size: int
     seed: int
-    looks: str
+    variety: str
     things: list[dict]
     stuff: list[dict]  # all of COCO's stuff categories; empty for a layout without stuff
 
@@ -71,7 +74,7 @@ def make_synthetic_coco(
     val: int = 200,
     size: int | None = None,
     seed: int = 0,
-    looks: str = "varied",
+    variety: str = "looks",
     workers: int = 1,
 ) -> Path:
     """Draws and writes a data set for instance segmentation.
@@ -88,39 +91,45 @@ def make_synthetic_coco(
         val: number of validation images.
         size: short side in pixels ("coco2017": on average); 128 for shapes, 480 for coco2017.
         seed: of all random choices.
-        looks: "varied" gives every image one of six looks (dark, hazy, noisy, tinted, blurred,
-            inverted) so that images differ as photographs do; "uniform" leaves images alike.
+        variety: how images differ from one another. "looks" gives every image one of six looks
+            (dark, hazy, noisy, tinted, blurred, inverted), most of which an affine map of its
+            pixels undoes. "content", of layout "shapes" alone, gives it what none undoes: few or
+            many objects, small or large ones, their patterns, a texture behind them, blur and
+            noise. "alike" leaves images alike.
         workers: number of processes that draw; with more than one, the calling script needs
             the `if __name__ == "__main__"` guard of Python's multiprocessing.
 
     Returns:
-        The root of the data set, `out`/shapes or `out`/coco.
+        The root of the data set, in `out`: coco, or shapes with "_content" or "_alike" for these
+        varieties.
 
     Raises:
         ValueError: an argument is out of range.
         FileExistsError: the root exists and is not an empty folder.
         ImportError: layout "coco2017" without Detectron2, which holds the table of categories.
     """
-    _check(layout, train, val, size, seed, looks, workers)
+    _check(layout, train, val, size, seed, variety, workers)
     spec = LAYOUTS[layout]
-    out = Path(out)
-    root = out / spec.folder
+    root = Path(out) / spec.folders[variety]
     _refuse_existing(root)
     things, stuff = _coco_categories() if layout == "coco2017" else (_shape_categories(), [])
     # The processes end first: they must not write to a folder that is being removed.
     with _complete_or_absent(root) as partial, _processes(workers) as run:
         (partial / "annotations").mkdir()
         for split, count in zip(SPLITS, (train, val)):
-            task = _Task(partial, layout, split, size or spec.size, seed, looks, things, stuff)
+            task = _Task(partial, layout, split, size or spec.size, seed, variety, things, stuff)
             _write_split(task, count, run)
     return root
 
 
-def _check(layout, train, val, size, seed, looks, workers) -> None:
+def _check(layout, train, val, size, seed, variety, workers) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-    if looks not in LOOK_CHOICES:
-        raise ValueError(f"looks must be one of {', '.join(LOOK_CHOICES)}, got {looks!r}")
+    varieties = LAYOUTS[layout].folders
+    if variety not in varieties:
+        raise ValueError(
+            f"variety must be one of {', '.join(varieties)} for layout {layout}, got {variety!r}"
+        )
     least = {"train": (train, 1), "val": (val, 1), "seed": (seed, 0), "workers": (workers, 1)}
     if size is not None:
         least["size"] = (size, 32)
@@ -204,10 +213,18 @@ def _write_image(task: _Task, index: int) -> dict:
     """Draws image `index` of a split; returns its records without annotation ids."""
     # One generator per image, so that neither order nor number of processes matters.
     rng = np.random.default_rng([task.seed, SPLITS.index(task.split), index])
-    scene = LAYOUTS[task.layout].draw(rng, task.size)
-    image = scene.image.astype(np.float32)
-    if task.looks == "varied":
-        image = random_look(rng, image)
+    draw = LAYOUTS[task.layout].draw
+    about = {}  # what tells the image from others
+    if task.variety == "content":
+        content = Content.random(rng)
+        scene = draw(rng, task.size, content)
+        image = random_camera(rng, scene.image.astype(np.float32))
+        about["texture"] = content.texture
+    else:
+        scene = draw(rng, task.size)
+        image = scene.image.astype(np.float32)
+    if task.variety == "looks":
+        about["look"], image = random_look(rng, image)
     image = np.clip(np.rint(image), 0, 255).astype(np.uint8)
     height, width = scene.owner.shape
     image_id = index + 1
@@ -223,6 +240,7 @@ def _write_image(task: _Task, index: int) -> dict:
             "height": height,
             "file_name": f"{stem}.jpg",
             "license": 1,
+            **about,
         },
         "annotations": [{**entry, "image_id": image_id} for entry in annotations.values()],
     }
@@ -311,7 +329,7 @@ def _processes(workers: int) -> Iterator[Callable]:
 def _write_json(task: _Task, kind: str, images: list, annotations: list, categories: list) -> None:
     content = {
         "info": {
-            "description": f"Synthetic scenes: layout {task.layout}, {task.looks} looks",
+            "description": f"Synthetic scenes: layout {task.layout}, variety {task.variety}",
             "version": f"size {task.size}, seed {task.seed}",
             "contributor": "mabn_d2",
         },

@@ -1,6 +1,7 @@
 """Random scenes of overlapping objects, with what is visible of each of them."""
 
 import colorsys
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -59,7 +60,7 @@ def _hsv(hue: float, saturation: float, value: float) -> np.ndarray:
 
 
 # Each maps coordinates in the unit frame of the object to where its second colour shows.
-_PATTERNS = {
+PATTERNS = {
     "plain": lambda u, v: np.zeros(u.shape, bool),
     "stripes": lambda u, v: np.sin(9 * u) > 0,
     "checks": lambda u, v: np.sin(7 * u) * np.sin(7 * v) > 0,
@@ -98,7 +99,7 @@ def _patterned(pose: _Pose, pattern: str, colours) -> Callable:
     def fill(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         u, v = pose.to_unit(x, y)
         first, second = np.asarray(colours, np.float32)
-        colour = np.where(_PATTERNS[pattern](u, v)[..., None], second, first)
+        colour = np.where(PATTERNS[pattern](u, v)[..., None], second, first)
         return np.clip(colour * (1 + 0.15 * (u - v))[..., None], 0, 255)
 
     return fill
@@ -134,21 +135,57 @@ def _draw_outline(rng, scene: Scene, name: str, pattern: str, colours, centre, r
 # ---- composition ---------------------------------------------------------------------------------
 
 
-def _populate(
-    rng, scene: Scene, pick: Callable, draw: Callable, most: int, smallest: float
-) -> None:
-    """Adds 2..`most` objects, the large ones rather at the back, and now and then a crowd.
+@dataclass(frozen=True)
+class Content:
+    """What there is to see in an image.
+
+    Attributes:
+        most: objects; there are 2..`most`, or none at all.
+        smallest, largest: bounds of an object's radius, relative to the short side.
+        patterns: names of the patterns that its objects may have.
+        texture: name of the background's pattern.
+        contrast: of that pattern, in grey levels.
+        cells: how fine that pattern is: about the number of its periods along a side.
+    """
+
+    most: int = 7
+    smallest: float = 0.07
+    largest: float = 0.3
+    patterns: tuple[str, ...] = tuple(PATTERNS)
+    texture: str = "plain"
+    contrast: float = 0.0
+    cells: float = 1.0
+
+    @classmethod
+    def random(cls, rng: np.random.Generator) -> "Content":
+        """Few or many objects, of similar size in one image and of very different ones in two."""
+        smallest = np.exp(rng.uniform(np.log(0.06), np.log(0.16)))
+        patterns = [tuple(PATTERNS), *((name,) for name in PATTERNS)]
+        return cls(
+            most=int(rng.integers(2, 15)),
+            smallest=smallest,
+            largest=smallest * rng.uniform(1.3, 2.2),
+            patterns=patterns[rng.integers(len(patterns))],
+            texture=str(rng.choice(list(PATTERNS))),
+            contrast=rng.uniform(5, 35),
+            cells=np.exp(rng.uniform(np.log(3), np.log(24))),
+        )
+
+
+def _populate(rng, scene: Scene, pick: Callable, draw: Callable, content: Content) -> None:
+    """Adds the objects, the large ones rather at the back, and now and then a crowd.
 
     Args:
         pick: rng -> category of an object.
         draw: rng, scene, category, centre, radius -> keypoints or None; draws one object.
-        smallest: the least radius of an object, relative to the short side.
+        content: of the objects, number and radii.
     """
     if rng.random() < _EMPTY:
         return
     height, width = scene.owner.shape
     side = min(height, width)
-    radii = side * np.exp(rng.uniform(np.log(smallest), np.log(0.3), rng.integers(2, most + 1)))
+    bounds = np.log(content.smallest), np.log(content.largest)
+    radii = side * np.exp(rng.uniform(*bounds, rng.integers(2, content.most + 1)))
     radii = radii[np.argsort(-radii * rng.uniform(0.5, 1.5, len(radii)))]
     crowd_at = rng.integers(len(radii)) if rng.random() < _CROWD else None
     for k, radius in enumerate(radii):
@@ -185,30 +222,33 @@ def _add_grain(rng, scene: Scene) -> None:
 # ---- layout "shapes" -----------------------------------------------------------------------------
 
 
-def shapes_scene(rng: np.random.Generator, size: int) -> Scene:
+def shapes_scene(rng: np.random.Generator, size: int, content: Content | None = None) -> Scene:
     """A `size` x `size` scene of `SHAPES` in random colours and patterns on a blurry background."""
-    scene = Scene(_gradient(rng, size))
-    _populate(rng, scene, lambda rng: int(rng.integers(len(SHAPES))), _draw_shape, 7, 0.07)
+    content = content or Content()
+    scene = Scene(_gradient(rng, size, content))
+    pick = lambda rng: int(rng.integers(len(SHAPES)))  # noqa: E731
+    _populate(rng, scene, pick, functools.partial(_draw_shape, content.patterns), content)
     _add_grain(rng, scene)
     return scene
 
 
-def _gradient(rng, size: int) -> np.ndarray:
+def _gradient(rng, size: int, content: Content) -> np.ndarray:
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[:size, :size] / size - 0.5
-    ramp = (x * np.cos(angle) + y * np.sin(angle))[..., None] * rng.uniform(-50, 50, 3)
+    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    ramp = along[..., None] * rng.uniform(-50, 50, 3)
     clouds = 14 * _smooth_noise(rng, size, size, 5) + 8 * _smooth_noise(rng, size, size, 16)
     base = rng.uniform(100, 140, 3)  # much alike in all images: differences are left to the looks
-    return np.clip(base + ramp + clouds[..., None], 0, 255).astype(np.uint8)
+    pattern = PATTERNS[content.texture](content.cells * along, content.cells * across)
+    texture = content.contrast * (2 * pattern - 1.0)
+    return np.clip(base + ramp + (clouds + texture)[..., None], 0, 255).astype(np.uint8)
 
 
-def _draw_shape(rng, scene: Scene, category: int, centre, radius: float) -> None:
+def _draw_shape(patterns, rng, scene: Scene, category: int, centre, radius: float) -> None:
     hue = rng.random()
     bright = rng.uniform(0.55, 1)
     colours = _hsv(hue, rng.uniform(0.4, 1), bright), _hsv(hue + rng.normal(0, 0.1), 0.6, 0.45)
-    _draw_outline(
-        rng, scene, SHAPES[category], rng.choice(list(_PATTERNS)), colours, centre, radius
-    )
+    _draw_outline(rng, scene, SHAPES[category], rng.choice(patterns), colours, centre, radius)
 
 
 # ---- layout "coco2017" ---------------------------------------------------------------------------
@@ -249,7 +289,8 @@ def coco_scene(rng: np.random.Generator, size: int) -> Scene:
     long = int(short * rng.choice([1, 1.25, 4 / 3, 4 / 3, 1.5]))
     height, width = (long, short) if rng.random() < 0.3 else (short, long)
     scene = _landscape(rng, height, width)
-    _populate(rng, scene, _pick_category, _draw_category, 12, 0.03)
+    content = Content(most=12, smallest=0.03)
+    _populate(rng, scene, _pick_category, _draw_category, content)
     _add_grain(rng, scene)
     return scene
 
@@ -277,7 +318,7 @@ def _landscape(rng, height: int, width: int) -> Scene:
 def _pick_category(rng) -> int:
     if rng.random() < _PERSON_SHARE:
         return _PERSON
-    return int(rng.integers(len(_PATTERNS) * len(OUTLINES)))
+    return int(rng.integers(len(PATTERNS) * len(OUTLINES)))
 
 
 def _draw_category(rng, scene: Scene, category: int, centre, radius) -> np.ndarray | None:
@@ -287,7 +328,7 @@ def _draw_category(rng, scene: Scene, category: int, centre, radius) -> np.ndarr
     hue = category * 0.618 + rng.normal(0, 0.01)  # golden ratio: neighbours differ much
     colours = _hsv(hue, 0.85, rng.uniform(0.85, 1)), _hsv(hue + 0.12, 0.5, 0.35)
     _draw_outline(
-        rng, scene, list(OUTLINES)[name], list(_PATTERNS)[pattern], colours, centre, radius
+        rng, scene, list(OUTLINES)[name], list(PATTERNS)[pattern], colours, centre, radius
     )
     return None
 
@@ -302,7 +343,7 @@ def _draw_person(rng, scene: Scene, centre, radius: float) -> np.ndarray:
         "trousers": [_hsv(rng.uniform(0.55, 0.7), 0.5, rng.uniform(0.3, 0.6))] * 2,
         "eye": [np.full(3, 20.0)] * 2,
     }
-    pattern = rng.choice(list(_PATTERNS))
+    pattern = rng.choice(list(PATTERNS))
     for polygon, material in parts:
         fill = _patterned(pose, pattern if material == "shirt" else "plain", colours[material])
         edge = [int(level) for level in 0.5 * colours[material][0]]
