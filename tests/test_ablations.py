@@ -9,7 +9,8 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 from torch import nn
 
-from mabn_d2.layers import CentralizedKernel, MABN2d
+from mabn_d2.layers import CenConv2d, CentralizedKernel, MABN2d, options_of
+from mabn_d2.plugin import NORM_REGISTRY
 from mabn_d2.study import ablations
 
 from .helpers.norms import assert_same_state, state, train
@@ -130,6 +131,32 @@ class Growing(MABN):
     psi_span = span
 
 
+class Rescaled(MABN):
+    """In units of the squared norms q of the filters, so that nothing has to be rescaled."""
+
+    def __init__(self, norm):
+        super().__init__(norm)
+        self.square = None
+
+    def follow(self, kernel):
+        if self.square is None:
+            self.var = self.var / (kernel**2).sum(axis=(1, 2, 3))
+        self.square = (kernel**2).sum(axis=(1, 2, 3))
+
+    def forward(self, x):
+        eps = EPS / self.square
+        self.t += 1
+        self.moments.append(mean(x**2) / self.square)
+        average = np.mean(self.moments[-self.span() :], axis=0)
+        ratio = np.sqrt((average + eps) / (self.var + eps))
+        self.r = np.clip(ratio, 1 / CLIP, CLIP) if self.is_renormalized() else np.ones_like(ratio)
+        self.var = (1 - MOMENTUM) * self.var + MOMENTUM * average
+        self.sigma = np.sqrt(self.square * (average + eps))
+        self.z = x / channels(self.sigma)
+        self.y = channels(self.r) * self.z
+        return channels(self.weight) * self.y + channels(self.bias)
+
+
 class Centered(MABN):
     needs_centralized_kernel = False
 
@@ -164,6 +191,7 @@ REPLAYS = {
     "MABN_FromStart": (ablations.EarlyRenormMABN2d, FromStart),
     "MABN_Growing": (ablations.GrowingMABN2d, Growing),
 }
+RESCALED = ablations.RescaledMABN2d, Rescaled  # takes the kernels as well
 every_mabn = pytest.mark.parametrize("name", REPLAYS)
 
 
@@ -231,6 +259,43 @@ def test_a_clip_of_a_million_is_none_in_float32():
             torch.testing.assert_close(y, x * running[:, None, None], rtol=1e-4, atol=0)
 
 
+def test_stored_moments_follow_the_scale_of_the_kernel():
+    torch.manual_seed(0)
+    norm = ablations.RescaledMABN2d(4, **OPTIONS).double()
+    replay = Rescaled(norm)
+    for step in range(STEPS):
+        x, d = batch(step)
+        kernel = torch.randn(4, 3, 3, 3, dtype=torch.float64)
+        norm.follow(kernel)
+        replay.follow(kernel.numpy())
+        y, grad_x = train(norm, x, d)
+        same(y, replay.forward(x.numpy()))
+        for actual, value in zip([grad_x, norm.weight.grad], replay.backward(d.numpy())):
+            same(actual, value)
+        same(norm.running_var, replay.var * replay.square)
+
+
+@pytest.mark.parametrize("norm_class", [ablations.RescaledMABN2d, MABN2d])
+def test_a_kernel_that_changes_in_scale_alone_changes_nothing(norm_class):
+    torch.manual_seed(0)
+    model = CenConv2d(3, 4, 3, bias=False, norm=norm_class(4, **{**OPTIONS, "eps": 1e-12})).double()
+    for _ in range(STEPS):
+        train(model, torch.randn(2, 3, 6, 6, dtype=torch.float64))
+    scaled = copy.deepcopy(model)
+    scaled.weight.data *= torch.tensor([1.0, 2.0, 3.0, 0.5]).view(4, 1, 1, 1)
+    x, d = torch.randn(2, 3, 6, 6).double(), torch.randn(2, 4, 4, 4).double()
+    (y, grad_x), (y_scaled, grad_scaled) = train(model, x, d), train(scaled, x, d)
+    follows = norm_class is ablations.RescaledMABN2d
+    assert torch.allclose(y, y_scaled) == follows
+    assert torch.allclose(grad_x, grad_scaled) == follows
+    assert torch.allclose(model.eval()(x), scaled.eval()(x)) == follows
+
+
+def test_without_a_convolution_there_is_no_scale_to_follow():
+    with pytest.raises(ValueError, match="must be the norm of a convolution"):
+        ablations.RescaledMABN2d(4)(batch(0)[0].float())
+
+
 @every_mabn
 def test_a_run_that_is_saved_and_loaded_goes_on_as_if_nothing_had_been(name):
     norm = build(name)
@@ -276,6 +341,25 @@ def test_a_lag_is_refused_where_it_would_mean_something_else():
         ablations.GrowingMABN2d(4, lag=1)
 
 
+@pytest.mark.parametrize("channel_mean", [0.0, 30.0])
+def test_the_moments_are_those_of_float64_also_far_from_the_mean(channel_mean):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 8, 8) + channel_mean
+    norm = ablations.CenteredMABN2d(4)
+    norm(x)
+    mean, var = norm.moments.values[0].double().chunk(2)
+    torch.testing.assert_close(mean, x.double().mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(var, x.double().var((0, 2, 3), correction=0), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*REPLAYS, "MABN_Rescaled"])
+def test_its_options_are_those_of_mabn(name):
+    ours, mabn = options_of(NORM_REGISTRY.get(name)), options_of(MABN2d)
+    if name == "MABN_Centered":
+        mabn.pop("lag")
+    assert ours == mabn
+
+
 # ---- MBN ------------------------------------------------------------------------------------------
 
 
@@ -314,7 +398,7 @@ def backbone(name):
     return build_backbone(cfg)
 
 
-@pytest.mark.parametrize("name", [*REPLAYS, "MBN_Memory"])
+@pytest.mark.parametrize("name", [*REPLAYS, "MABN_Rescaled", "MBN_Memory"])
 def test_a_resnet_of_detectron2_trains_with_it_and_loads_its_state(name):
     model = backbone(name)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -327,7 +411,7 @@ def test_a_resnet_of_detectron2_trains_with_it_and_loads_its_state(name):
     assert all(p.isfinite().all() for p in model.parameters())
     norm = model.stem.conv1.norm
     if name.startswith("MABN"):
-        norm_class, replay = REPLAYS[name]
+        norm_class, replay = {**REPLAYS, "MABN_Rescaled": RESCALED}[name]
         assert type(norm) is norm_class and norm.psi.count == 2
         convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
         centralized = [isinstance(m, CentralizedKernel) and m.centralized for m in convolutions]

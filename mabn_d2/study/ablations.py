@@ -17,6 +17,7 @@ MABN_ForwardOnly      ψ̄ = ψ_B
 MABN_BackwardOnly     χ̄² = χ²_B and r = 1
 MABN_FromStart        r from the second batch on, χ̂² with a momentum of max(`momentum`, 1/t)
 MABN_Growing          averages of the last min(m, max(1, ⌊t / `warmup_iters`⌋)) batches
+MABN_Rescaled         stored χ²_B and χ̂² follow ‖W‖² of the kernel in front
 MBN_Memory            evaluation with w_i ∝ decay^i, the last batch not set apart
 ====================  ============================================================================
 
@@ -30,20 +31,20 @@ Options of MABN itself give the rest. With `MODEL.MABN.`:
 - warm-up tied to the schedule: `WARMUP_ITERS` and `RENORM_START_ITER` count iterations, so give them those of
   `SOLVER.WARMUP_ITERS`, or of a first step in `SOLVER.STEPS`.
 
-Left out: the compensation of stored moments for the weights' change, as Cross-Iteration BN (Yao et al. 2021,
-https://arxiv.org/abs/2002.05712) does it. With χ² = mean((w·x)²) its first-order term for an old batch i is
-(w - w_i)·∂χ²_i/∂w. That takes a second gradient of the kernel's size for each convolution and batch, which is another
-third of the convolution's cost, and m copies of every kernel, 16 times the weights. A ratio of squared kernel norms costs
-nothing and is exact where the kernel only changes in scale; but that is not how kernels change: see `docs/study_formulas.md`.
+The weights move while a moment is stored, which Cross-Iteration BN (Yao et al. 2021, https://arxiv.org/abs/2002.05712)
+compensates to first order: (W - W_i)·∂χ²_i/∂W for the batch i. That takes a second kernel gradient in each
+convolution, a third more of its time, and m copies of every kernel. `MABN_Rescaled` keeps of it what costs nothing, and is
+exact there: the change of a kernel in scale. Neither sees that the input of the layer changes with the layers in front of it.
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..layers import BatchStatisticsNorm2d, MABN2d, MBN2d, RingBuffer, checked
+from ..layers import BatchStatisticsNorm2d, CenConv2d, MABN2d, MBN2d, RingBuffer, checked
 from ..layers.norm_batch import NormBatches
 from ..layers.options import (
     AtLeastOne,
@@ -66,9 +67,6 @@ from ..ops import (
     second_moment_about,
 )
 from ..plugin import NORM_REGISTRY
-
-# Of G statistics in order, shape (G, C), their moving averages.
-Average = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _moments(
@@ -296,6 +294,53 @@ class GrowingMABN2d(_MovingAverageMABN2d):
         second_moment = batches.mean(second_moment_about(batches.split(x), batches.spread(shift)))
         average = self._average(second_moment, self.second_moment)
         return self._factors(average, self.second_moment.count, shift)
+
+
+@NORM_REGISTRY.register(name="MABN_Rescaled")
+class RescaledMABN2d(_AblatedMABN2d):
+    """
+    Moments that follow the scale of the kernel in front, the norm being that of a convolution, `Conv2d(norm=...)`.
+
+    With q_t = ‖W_t‖² of each filter of the centralized kernel, before batch t all stored χ²_B and χ̂² are multiplied by
+    q_t / q_{t-1}. As χ² is quadratic in W, this is what they were for the new scale. ψ does not depend on the scale.
+
+    Buffers:
+        kernel_square: q of the last batch, shape (C,); 0 before the first.
+    """
+
+    @functools.wraps(MABN2d.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("kernel_square", torch.zeros_like(self.running_var))
+
+    @torch.no_grad()
+    def follow(self, kernel: torch.Tensor) -> None:
+        """Takes notice of the kernel that the next batch is computed with, shape (C, ...)."""
+        square = kernel.to(self.kernel_square.dtype).square().flatten(1).sum(1)
+        ratio = torch.where(self.kernel_square > 0, square / self.kernel_square, 1.0)
+        self.second_moment.values.mul_(ratio)
+        self.running_var.mul_(ratio)
+        self.kernel_square.copy_(square)
+
+    def _update_statistics(self, x, batches):
+        if not self.kernel_square.any():
+            raise ValueError("MABN_Rescaled must be the norm of a convolution, Conv2d(norm=...)")
+        return super()._update_statistics(x, batches)
+
+
+def _show_kernel(convolution: CenConv2d, args: tuple) -> None:
+    """A forward pre-hook."""
+    norm = convolution.norm
+    if isinstance(norm, RescaledMABN2d) and norm.training and not norm.frozen:
+        norm.follow(convolution.centralized_weight())
+
+
+def _listen_to_convolution(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    if isinstance(submodule, RescaledMABN2d) and isinstance(module, nn.Conv2d):
+        module.register_forward_pre_hook(_show_kernel)
+
+
+register_module_module_registration_hook(_listen_to_convolution)
 
 
 @NORM_REGISTRY.register(name="MABN_Centered")
