@@ -13,6 +13,7 @@ from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..data import register_shapes
 from ..report.metrics import Metrics, read_metrics
 from .plan import TOOLS, Run
 
@@ -49,7 +50,7 @@ def measure(run: Run, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]
         )
     last, decisive = curve[-1], run.tool.metrics[0]
     values: dict[str, Any] = {name: last[name] for name in run.tool.metrics}
-    values["iterations"] = max(metrics) + 1
+    values["iterations"] = _iterations(metrics)
     values["last_aps"] = " ".join(f"{point[decisive]:.1f}" for point in curve[-LAST:])
     if run.tool is TOOLS["train_net"]:
         values["other_aps"] = _pairs(
@@ -71,6 +72,7 @@ def measure(run: Run, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]
 def _curve(run: Run, metrics: Metrics, main: str) -> list[dict[str, Any]]:
     """One row per evaluation, with the mean training loss since the one before."""
     curve, losses = [], []
+    end = _iterations(metrics)
     for iteration, values in metrics.items():
         if "total_loss" in values:
             losses.append(values["total_loss"])
@@ -78,10 +80,15 @@ def _curve(run: Run, metrics: Metrics, main: str) -> list[dict[str, Any]]:
             point = {name: _number(values[f"{main}{COLUMNS[name]}"]) for name in run.tool.metrics}
             if "top1_error" in point:
                 point["top1_error"] = 100 - point["top1_error"]
-            loss = float(np.mean(losses)) if losses else math.nan
-            curve.append({"iteration": iteration + 1, **point, "loss": loss})
+            loss = float(np.mean(losses)) if losses else ""
+            # The last evaluation is written behind the last iteration.
+            curve.append({"iteration": min(iteration + 1, end), **point, "loss": loss})
             losses = []
     return curve
+
+
+def _iterations(metrics: Metrics) -> int:
+    return 1 + max((i for i, values in metrics.items() if "total_loss" in values), default=-1)
 
 
 def _value(metrics: Metrics, key: str) -> float:
@@ -107,6 +114,7 @@ def read_pairs(text: str) -> dict[str, float]:
 
 def _from_detections(dataset: str, folder: Path) -> dict[str, str]:
     """Box AP by the `look` of the images, and the share of the objects that are found."""
+    register_shapes()
     file = folder / "inference" / "coco_instances_results.json"
     annotations = MetadataCatalog.get(dataset).get("json_file")
     if not file.exists() or not annotations:

@@ -252,7 +252,7 @@ def _run(
     options: dict[str, Any] = {}
     layer = norm.get("norm", what["norm"])
     if layer is not None:
-        options |= dict.fromkeys(task["norm"], layer)
+        options |= dict.fromkeys(_list(task["norm"], str, "norm"), layer)
     options[tool.images] = protocol["images"]
     if "norm_batch" in protocol and not norm.get("one_process"):
         options[tool.norm_batch] = protocol["norm_batch"]

@@ -272,6 +272,9 @@ class Runner:
             raise ValueError(f"$DETECTRON2_DATASETS: there is no folder {self.datasets}")
         names = list(blocks) or plan.blocks_names
         self.todo = [run for name in names for run in plan.block(name).runs]
+        for config in sorted({run.config for run in self.todo}):
+            if not (ROOT / config).is_file():
+                raise ValueError(f"{plan.file}: the config {config} does not exist")
         plan.results.parent.mkdir(parents=True, exist_ok=True)
         self.results, self.curves = open_results(plan)
         self.running: dict[str, tuple[Run, Any]] = {}
