@@ -11,8 +11,8 @@ import torch
 
 from mabn_d2.benchmark.gpu import STAGES, accuracy, correct
 from mabn_d2.benchmark.gpu.report import write_report
-from mabn_d2.benchmark.gpu.results import Results
 from mabn_d2.benchmark.gpu.stage import Device, Options, Stage, run_stage
+from mabn_d2.utils.results import Results
 
 from .helpers import ROOT, load_tool
 

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from mabn_d2.benchmark.gpu import STAGES
 from mabn_d2.benchmark.gpu.report import write_report
-from mabn_d2.benchmark.gpu.results import Results
 from mabn_d2.benchmark.gpu.stage import Options, find_device, run_stage
 from mabn_d2.utils.command_line import errors_in_one_line, without_usage
+from mabn_d2.utils.results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 450  # seconds of a stage

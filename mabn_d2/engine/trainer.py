@@ -104,10 +104,14 @@ class Trainer(ResumableTrainer):
         """
         The evaluators for the data set's `evaluator_type`.
 
+        They write into the folder `inference`, those of further data sets below it.
+
         Raises:
             NotImplementedError: there are none; `test` goes on to the next data set then.
         """
         output_dir = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if dataset_name in cfg.DATASETS.TEST[1:]:  # or it would overwrite what the first one writes
+            output_dir = os.path.join(output_dir, dataset_name)
         kind = getattr(MetadataCatalog.get(dataset_name), "evaluator_type", None)
         if kind not in EVALUATORS:
             logger.warning(

@@ -17,7 +17,7 @@ from ...engine.hooks import DoubleForward
 from ...layers import marked_options
 from ...layers.options import CountsIterations
 from ...plugin import NORM_REGISTRY, load_config
-from .results import Results
+from ...utils.results import Results
 from .stage import Case, Options, Stage
 
 # Norm and images per step.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ...utils.files import atomic_write
-from .results import Results
+from ...utils.results import Results
 from .stage import Device
 
 Rows = list[dict[str, str]]

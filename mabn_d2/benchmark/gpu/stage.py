@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...utils.command_line import one_line
-from .results import Results
+from ...utils.results import Results
 
 _FORK = multiprocessing.get_context("fork")
 Case = dict[str, str]

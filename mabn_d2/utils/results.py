@@ -4,7 +4,7 @@ import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ...utils.files import atomic_write
+from .files import atomic_write
 
 
 class Results:
@@ -15,17 +15,24 @@ class Results:
     stands for a case that failed.
     """
 
-    def __init__(self, path: Path, keys: Sequence[str], values: Sequence[str]):
+    def __init__(
+        self,
+        path: Path,
+        keys: Sequence[str],
+        values: Sequence[str],
+        origin: Sequence[str] = ("error", "device", "torch", "date"),
+    ):
         """
         Args:
             path: of the file, which need not exist.
+            origin: the last columns, which most files have in common.
 
         Raises:
             ValueError: the file has other columns.
         """
         self.path = path
         self.keys = tuple(keys)
-        self.columns = (*keys, *values, "error", "device", "torch", "date")
+        self.columns = (*keys, *values, *origin)
         self.load()
 
     def load(self) -> None:
