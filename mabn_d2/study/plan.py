@@ -212,7 +212,7 @@ def _block(name: str, tables: Mapping[str, _Node], earlier: Sequence[Block]) -> 
     lrs, lr_block = _learning_rates(node.get("lr"), f"{where}.lr", earlier)
     seeds = _list(node["seeds"], int, f"{where}.seeds")
     runs = []
-    for protocol, level, norm, lr, seed in itertools.product(protocols, levels, norms, lrs, seeds):
+    for protocol, level, seed, lr, norm in itertools.product(protocols, levels, seeds, lrs, norms):
         what = {"task": task_name, "level": level, "protocol": protocol, "norm": norm}
         run = _run(name, what, lr, seed, lr_block, tables, tool)
         if lr_block and not candidates(lr_block, run):
