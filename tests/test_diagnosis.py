@@ -153,6 +153,27 @@ def test_noise_and_its_part_between_images_are_those_of_the_distribution(offset,
     assert layer.standard_error["mean"] == pytest.approx(0.02 * layer.noise["mean"], rel=0.6)
 
 
+class Head(Flat):
+    """A norm on the four quarters of each image, as the regions of a head."""
+
+    def forward(self, x):
+        quarters = x.unflatten(3, (2, 5)).unflatten(2, (2, 5)).permute(0, 2, 4, 1, 3, 5)
+        return super().forward(quarters.flatten(0, 2))
+
+
+@pytest.mark.parametrize("offset, share", [(0, 0), (1, 1)])
+def test_the_halves_of_an_image_with_several_regions_are_every_other_region(offset, share):
+    def images():
+        """Regions that differ from one another, and perhaps images that do."""
+        for x in noise_images(400, 2, offset):
+            yield x + torch.randn(2, 8, 2, 2).repeat_interleave(5, 2).repeat_interleave(5, 3)
+
+    (layer,) = diagnose(Head(nn.BatchNorm2d(8)), images(), 200).layers
+    # Of an image's squared error 1/4 is the regions', and 1 that of the offset.
+    assert layer.between["mean"] == pytest.approx(share / (share + 0.25), abs=0.1)
+    assert layer.images == 2 and layer.values == 200
+
+
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_model_is_afterwards_what_it_was(norm):
     model = Network(norm)
@@ -238,7 +259,7 @@ def test_images_that_differ_and_images_that_are_alike_get_different_advice():
     alike, varied = advice(0, 2, thresholds), advice(1, 2, thresholds)
     assert (alike.norm, varied.norm) == ("BN", "GN")
     assert alike.certainty == varied.certainty == 1
-    assert "BN is fine: at 2 images per worker" in alike.sentence
+    assert "BN is fine: over 2 images the noise" in alike.sentence
     assert f"GN is advised, or SyncBN over {varied.sync_workers} workers" in varied.sentence
     assert "up to a noise of 0.2, MABN up to 0.25 between images" in varied.sentence
     assert "(made up)" in varied.sentence
@@ -260,7 +281,7 @@ def test_advice_near_a_threshold_is_undecided():
     noise = advice(1, 2, Thresholds(0.15, 9.0, "made up")).noise
     near = advice(1, 2, Thresholds(noise * 1.001, 9.0, "made up"))
     assert 0.3 < near.certainty < 0.9
-    assert near.sentence.startswith("Undecided, rather BN: at")
+    assert near.sentence.startswith("Undecided, rather BN: over 2 images")
 
 
 # ---- what it takes -------------------------------------------------------------------------------

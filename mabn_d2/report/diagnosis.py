@@ -42,8 +42,8 @@ def plot_diagnosis(diagnosis: Diagnosis, advice: Advice, picture: str) -> None:
             label=_LABELS[quantity], **style,
         )  # fmt: skip
         share.plot(positions, [100 * layer.between[quantity] for layer in layers], **style)
-    images = f"{diagnosis.images} image{'s' * (diagnosis.images != 1)} per worker"
-    noise.set_title(f"Noise of the batch statistics at {images}", fontsize=11)
+    size = diagnosis.norm_batch
+    noise.set_title(f"Noise of statistics over {size} image{'s' * (size != 1)}", fontsize=11)
     noise.set_yscale("log")
     noise.set_ylabel("root mean square error\n(bars: 2 standard errors)")
     share.set_title("Of its square, from between images", fontsize=11)
@@ -69,4 +69,6 @@ def plot_diagnosis(diagnosis: Diagnosis, advice: Advice, picture: str) -> None:
 
 
 def _name(layer: str) -> str:
-    return layer.removesuffix(".norm").removeprefix("backbone.").removeprefix("bottom_up.")
+    for prefix in ("backbone.", "bottom_up.", "roi_heads."):
+        layer = layer.removeprefix(prefix)
+    return layer.removesuffix(".norm")

@@ -114,9 +114,10 @@ def advise(diagnosis: Diagnosis, thresholds: Thresholds = THRESHOLDS) -> Advice:
     workers = max(1, math.ceil((noise / thresholds.noise) ** 2))
     advised = "BN is fine" if norm == "BN" else f"{norm} is advised"
     sync = "" if norm == "BN" else f", or SyncBN over {workers} workers"
+    size = diagnosis.norm_batch
     sentence = (
-        f"{advised if certainty >= 0.95 else f'Undecided, rather {norm}'}{sync}: at {diagnosis.images} "
-        f"image{'s' * (diagnosis.images != 1)} per worker the noise of BN's statistics is {noise:.3f} "
+        f"{advised if certainty >= 0.95 else f'Undecided, rather {norm}'}{sync}: over {size} "
+        f"image{'s' * (size != 1)} the noise of BN's statistics is {noise:.3f} "
         f"({_text(intervals[0])}), between images {between:.3f} ({_text(intervals[1])}); of "
         f"{_RESAMPLES} resamples of the steps {certainty:.0%} lead to the same advice. Thresholds: BN up to "
         f"a noise of {thresholds.noise:g}, MABN up to {thresholds.between:g} between images, then GN "

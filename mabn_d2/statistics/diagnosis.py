@@ -7,6 +7,7 @@ Normalization, ICLR 2020, section 3, https://arxiv.org/abs/2001.06838
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from statistics import mode
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +92,11 @@ class Diagnosis(NamedTuple):
     loss_train: float
     loss_eval: float
     layers: list[LayerDiagnosis]
+
+    @property
+    def norm_batch(self) -> int:
+        """Images in a normalization batch, of most layers."""
+        return mode(layer.images for layer in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: what is not a number is None."""
