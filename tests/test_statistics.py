@@ -1,20 +1,26 @@
 """The recorder of batch statistics against the formulas in float64."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mabn_d2 import BRN2d, DoubleForward, MABN2d, MBN2d, centralize, set_norm_batch_size
 from mabn_d2.data import make_synthetic_coco
 from mabn_d2.engine import Trainer
+from mabn_d2.engine.hooks import RecordStatistics
 from mabn_d2.report.metrics import read_metrics, series
-from mabn_d2.report.statistics import plot_statistics, recorded_layers
+from mabn_d2.report.statistics import plot_statistics, recorded_layers, swing
 from mabn_d2.statistics import StatisticsRecorder
+from mabn_d2.training import follow_grad_scaler
 
 from .helpers import load_tool
 from .helpers.runs import cfg_for
+from .helpers.workers import run_workers
 
 NORMS = {
     "BN": nn.BatchNorm2d,
@@ -201,7 +207,7 @@ def test_activation_checkpointing_gives_the_same_records(use_reentrant):
 
 
 def test_gradients_are_those_of_the_unscaled_loss():
-    class Scaler:  # the interface of torch.amp.GradScaler that is used, which needs a GPU to be enabled
+    class Scaler:  # the interface of torch.amp.GradScaler that is used
         def scale(self, loss):
             return loss * 1024
 
@@ -216,6 +222,54 @@ def test_gradients_are_those_of_the_unscaled_loss():
         records.append(recorder.records)
     for one, other in zip(*records):
         assert one[:3] == other[:3] and one.values == pytest.approx(other.values, rel=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["BN", "MABN"])
+def test_under_autocast_and_a_loss_scale_the_records_are_those_without_the_scale(norm):
+    records = []
+    for enabled in (False, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024, growth_interval=2, enabled=enabled)
+        model = network(norm).float()
+        follow_grad_scaler(model, scaler)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        with StatisticsRecorder(model, grad_scaler=scaler) as recorder:
+            for x in batches(5):  # within which the scale grows twice
+                with torch.autocast("cpu", torch.bfloat16):
+                    loss = model(x.float()).float().pow(3).mean()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                recorder.step()
+                optimizer.zero_grad()
+        records.append(recorder.records)
+    assert scaler.get_scale() == 4096
+    for one, other in zip(*records):  # a power of 2 leaves all digits
+        assert one[:3] == other[:3] and one.values == pytest.approx(other.values, rel=1e-5)
+
+
+def record_a_worker(norms):
+    """Records of one worker of several, which sees images of its own."""
+    rank = torch.distributed.get_rank()
+    return [records_of(network(norm), rank, distributed=True) for norm in norms]
+
+
+def records_of(model, rank, distributed=False):
+    trained = model
+    if distributed:
+        trained = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    with StatisticsRecorder(model) as recorder:
+        train(trained, recorder, 4, images=4 + rank)
+    return [tuple(record) for record in recorder.records]
+
+
+def test_each_of_several_workers_records_its_own_batches(tmp_path):
+    norms = ["BN", "MABN"]
+    for rank, of_norms in enumerate(run_workers(2, record_a_worker, tmp_path, norms)):
+        for norm, records in zip(norms, of_norms):
+            expected = records_of(network(norm), rank)
+            assert len(records) == len(expected)
+            for one, other in zip(records, expected):
+                assert one[:3] == other[:3] and one[3] == pytest.approx(other[3], rel=1e-9)
 
 
 def test_empty_inputs_and_evaluation_are_not_recorded():
@@ -245,6 +299,32 @@ def test_a_pattern_without_a_norm_is_refused_with_the_names_there_are():
         StatisticsRecorder(network("BN"), ["1", "layer1.*"])
     with pytest.raises(ValueError, match="period must be a positive integer, got 0"):
         StatisticsRecorder(network("BN"), period=0)
+
+
+def test_the_hook_writes_the_last_normalization_batch_of_an_iteration(tmp_path):
+    model = network("BN")
+    set_norm_batch_size(model, 2)
+    trainer = SimpleNamespace(
+        model=model, _trainer=None, start_iter=0, iter=0, storage=EventStorage(),
+        checkpointer=SimpleNamespace(save_dir=str(tmp_path)),
+    )  # fmt: skip
+    hook = RecordStatistics(["4"], 1)
+    hook.trainer = trainer
+    hook.before_train()
+    replay = Replay(model[4])
+    train(model, None, 1, images=4)
+    hook.after_step()
+    hook.after_train()
+    written = read_metrics(str(tmp_path / "metrics.json"))[0]
+    for quantity, expected in replay.expected(replay.calls[0], slice(2, 4)).items():
+        assert written[f"statistics/4/{quantity}"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_swing_is_the_relative_deviation_beside_slow_changes():
+    noise = np.random.default_rng(0).normal(0, 0.05, 4000)
+    assert swing(7 * np.exp(noise)) == pytest.approx(0.05, rel=0.05)
+    assert swing(np.geomspace(1, 1000, 4000) * np.exp(noise)) == pytest.approx(0.05, rel=0.05)
+    assert np.isnan(swing(np.zeros(5)))
 
 
 # ---- in a training run, and drawn --------------------------------------------------------------
@@ -293,7 +373,9 @@ def test_the_tool_draws_the_runs(runs, tmp_path, monkeypatch, capsys, options, k
     monkeypatch.setattr("sys.argv", ["plot_statistics.py", *arguments])
     assert load_tool("plot_statistics").main() == 0
     assert picture.read_bytes().startswith(begin)
-    assert str(picture) in capsys.readouterr().out
+    out = capsys.readouterr().out
+    names = ["two", "MABN"] if "--labels" in options else ["BN", "MABN"]
+    assert str(picture) in out and all(f"| {name} | 0." in out for name in names)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,13 @@
 Draws the batch statistics that runs with STATISTICS.ENABLED have recorded.
 
 Four panels for one norm, the runs overlaid: how far the mean, the variance and the two statistics of
-the backward pass swing from iteration to iteration.
+the backward pass swing from iteration to iteration. The same as numbers, in a table.
 """
 
 import argparse
 import sys
 
-from mabn_d2.report.statistics import plot_all_layers, plot_statistics
+from mabn_d2.report.statistics import plot_all_layers, plot_statistics, swing_table
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,10 +41,11 @@ def main() -> int:
             shown = f"{plot_all_layers(runs, out, labels)} norms"
         else:
             shown = plot_statistics(runs, out, arguments.layer, labels)
+        table = swing_table(runs, None if arguments.all else shown, labels)
     except (ValueError, OSError, ImportError) as error:
         print(f"plot_statistics.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{out}: {shown}")
+    print(f"{out}: {shown}\n\n{table}")
     return 0
 
 

@@ -136,9 +136,10 @@ class RecordStatistics(HookBase):
     """
     Writes the ℓ2 norms of batch statistics into the trainer's storage and its `metrics.json`.
 
-    As `statistics/LAYER/QUANTITY`, see :class:`mabn_d2.statistics.StatisticsRecorder`, the mean over the
-    calls and normalization batches of an iteration. They are those of the main process. `metrics.json` gets
-    every recorded iteration; the other writers take what is newest at each line of the log.
+    As `statistics/LAYER/QUANTITY`, see :class:`mabn_d2.statistics.StatisticsRecorder`, of the last call and
+    normalization batch of an iteration: a mean over them would swing less than what the norm takes from
+    one. They are those of the main process. `metrics.json` gets every recorded iteration; the other
+    writers take what is newest at each line of the log.
     """
 
     def __init__(self, layers: Iterable[str], period: int):
@@ -165,7 +166,7 @@ class RecordStatistics(HookBase):
     def after_step(self):
         self._recorder.step()
         values = {
-            f"statistics/{record.layer}/{record.quantity}": sum(record.values) / len(record.values)
+            f"statistics/{record.layer}/{record.quantity}": record.values[-1]
             for record in self._recorder.flush()
         }
         self._recorder.records.clear()

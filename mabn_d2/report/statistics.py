@@ -16,8 +16,11 @@ PANELS = {
     "grad_mean": r"$\Vert g_B\Vert$, backward",
     "grad_dot": r"$\Vert\Psi_B\Vert$, backward",
 }
+# What a MABN uses in the place of a panel's statistic.
+AVERAGES = {"var": "second_moment_average", "grad_dot": "psi_average"}
 # Okabe and Ito's colours, which differ for colour-blind readers, too.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_AVERAGE_COLOUR = "black"
 _STYLES = ("-", "--", "-.", ":")
 
 
@@ -61,8 +64,7 @@ def plot_statistics(
         axes.set_xlabel("iteration")
     for axes in figure.axes[::2]:
         axes.set_ylabel("ℓ2 norm over the channels")
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    _add_legend(figure, read)
     save(figure, picture)
     return layer
 
@@ -90,10 +92,44 @@ def plot_all_layers(runs: Sequence[str], picture: str, labels: Sequence[str] = (
         axes.set_title(title, fontsize=10)
     for axes in grid[-1]:
         axes.set_xlabel("iteration", fontsize=8)
-    handles, names = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    _add_legend(figure, read)
     save(figure, picture)
     return len(layers)
+
+
+def swing(values: np.ndarray) -> float:
+    """
+    The relative standard deviation from iteration to iteration, free of slow changes.
+
+    That of the changes of the logarithm, divided by √2.
+    """
+    changes = np.diff(np.log(values[values > 0]))
+    return float(np.std(changes) / np.sqrt(2)) if len(changes) > 1 else np.nan
+
+
+def swing_table(runs: Sequence[str], layer: str | None = None, labels: Sequence[str] = ()) -> str:
+    """
+    The :func:`swing` of each statistic, the median over the layers that all runs have, in Markdown.
+
+    Args, Raises:
+        as :func:`plot_statistics`, but that a layer is one of many if it is None.
+    """
+    read = _read(runs)
+    layers = [layer] if layer else _common_layers(read)
+    quantities = [*PANELS, *AVERAGES.values()]
+    rows = [["swing", *quantities], ["---"] * (1 + len(quantities))]
+    for metrics, label in zip(read.values(), _labels(read, labels)):
+        row = [label]
+        for quantity in quantities:
+            swings = [swing(series(metrics, f"statistics/{x}/{quantity}")[1]) for x in layers]
+            finite = [value for value in swings if np.isfinite(value)]
+            row.append(f"{np.median(finite):.3f}" if finite else "-")
+        rows.append(row)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _labels(read: dict[str, Metrics], labels: Sequence[str]) -> Sequence[str]:
+    return labels or [os.path.basename(os.path.normpath(run)) for run in read]
 
 
 def _read(runs: Sequence[str]) -> dict[str, Metrics]:
@@ -122,19 +158,36 @@ def _check_layer(read: dict[str, Metrics], layer: str) -> None:
 
 
 def _draw(axes, read: dict[str, Metrics], layer: str, quantity: str, labels: Sequence[str]) -> None:
-    names = labels or [os.path.basename(os.path.normpath(run)) for run in read]
-    for number, (metrics, label) in enumerate(zip(read.values(), names)):
+    for number, (metrics, label) in enumerate(zip(read.values(), _labels(read, labels))):
+        style = _STYLES[number // len(LINE_COLOURS) % len(_STYLES)]
+        colour = LINE_COLOURS[number % len(LINE_COLOURS)]
         iterations, values = series(metrics, f"statistics/{layer}/{quantity}")
-        style = _STYLES[number // len(_COLOURS) % len(_STYLES)]
-        colour = _COLOURS[number % len(_COLOURS)]
         axes.plot(iterations, values, style, color=colour, linewidth=1, label=label)
+        iterations, values = series(metrics, f"statistics/{layer}/{AVERAGES.get(quantity)}")
+        if len(iterations):
+            axes.plot(iterations, values, style, color=_AVERAGE_COLOUR, linewidth=1.4)
     positive = [y for line in axes.lines for y in line.get_ydata() if y > 0]
     if positive and max(positive) > 30 * np.median(positive):
         axes.set_yscale("log")
+    else:
+        axes.yaxis.set_major_formatter("{x:.3g}")  # a common factor would stand in the title
     axes.grid(color="0.92", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=GREY)
+
+
+def _add_legend(figure, read: dict[str, Metrics]) -> None:
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    averaged = [
+        line for axes in figure.axes for line in axes.lines if line.get_color() == _AVERAGE_COLOUR
+    ]
+    if averaged:
+        handles, names = (
+            [*handles, averaged[0]],
+            [*names, r"what MABN uses: $\bar\chi^2$, $\bar\psi$"],
+        )
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
 
 
 def _shortened(layer: str) -> str:

@@ -1,5 +1,19 @@
 """The batch statistics of normalization layers, as numbers. For any PyTorch model."""
 
+from .advice import THRESHOLDS, Advice, Thresholds, advise
+from .diagnosis import Diagnosis, LayerDiagnosis, diagnose
 from .recorder import Record, StatisticsRecorder, is_norm, select_norms
 
-__all__ = ["Record", "StatisticsRecorder", "is_norm", "select_norms"]
+__all__ = [
+    "THRESHOLDS",
+    "Advice",
+    "Diagnosis",
+    "LayerDiagnosis",
+    "Record",
+    "StatisticsRecorder",
+    "Thresholds",
+    "advise",
+    "diagnose",
+    "is_norm",
+    "select_norms",
+]

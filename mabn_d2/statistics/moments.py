@@ -34,6 +34,12 @@ def moving_average_and_r(norm: MABN2d) -> tuple[torch.Tensor, torch.Tensor]:
     return factors.squared - norm.eps, factors.unit * factors.squared.sqrt()
 
 
+def clipped_share(norm: MABN2d, r: torch.Tensor) -> torch.Tensor:
+    """The share of the channels whose r is at its bound, shape (G, C) -> (G,)."""
+    bound = norm.renorm_clip * (1 - 1e-5)  # r comes out of float32
+    return ((r >= bound) | (r <= 1 / bound)).to(torch.promote_types(r.dtype, torch.float32)).mean(1)
+
+
 def psi_average(norm: MABN2d) -> torch.Tensor:
     """ψ̄ as the last backward pass of a MABN has used it, shape (C,)."""
     values, count = norm.psi.values, norm.psi.count

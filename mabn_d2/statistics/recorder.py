@@ -15,7 +15,7 @@ from torch import nn
 from ..layers import MABN2d, Norm2d
 from ..layers.norm import in_backward
 from ..layers.norm_batch import NormBatches, batch_moments
-from .moments import moving_average_and_r, projections, psi_average
+from .moments import clipped_share, moving_average_and_r, projections, psi_average
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, Norm2d)
 
@@ -213,9 +213,7 @@ class StatisticsRecorder:
                 self._add(name, "second_moment", var + (mean - module.running_mean).square())
                 self._add(name, "second_moment_average", used)
                 self._add(name, "running_var", module.running_var[None])
-                bound = module.renorm_clip * (1 - 1e-5)  # r comes out of float32
-                is_clipped = (r >= bound) | (r <= 1 / bound)
-                share = is_clipped.to(mean.dtype).mean(1)
+                share = clipped_share(module, r)
                 self._pending.setdefault((self.iteration, name, "clipped"), []).append(share)
         if not out.requires_grad:
             return

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from ..layers import BRN2d, CentralizedKernel, MABN2d, MBN2d
+from ..layers import CentralizedKernel
+from ..training.steady_state import start_in_steady_state
 
 
 def kernel_mean(convolution: nn.Module, weight: torch.Tensor) -> torch.Tensor:
@@ -72,21 +73,6 @@ def import_batch_norm(
         raise ValueError(f"{type(norm).__name__} without affine parameters cannot take up γ and β")
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(own_var)
-    _start_in_steady_state(norm)
+    start_in_steady_state(norm)
     if convolution is not None:
         keep_kernel_mean(convolution)
-
-
-def _start_in_steady_state(norm: nn.Module) -> None:
-    """Fills the memory of a norm as if the batches so far all had its running statistics."""
-    if isinstance(norm, MABN2d):
-        norm.second_moment.values.copy_(norm.running_var.expand_as(norm.second_moment.values))
-        norm.psi.values.zero_()
-        for ring in (norm.second_moment, norm.psi):
-            ring.count.fill_(max(norm.warmup_iters, ring.size, norm.renorm_start_iter) + 1)
-    elif isinstance(norm, BRN2d):
-        norm.num_batches_tracked.fill_(max(norm.r_max_iters[1], norm.d_max_iters[1]))
-    elif isinstance(norm, MBN2d):
-        statistics = torch.stack([norm.running_mean, norm.running_var])
-        norm.memory.values.copy_(statistics.expand_as(norm.memory.values))
-        norm.memory.count.fill_(norm.memory.size)

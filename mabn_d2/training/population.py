@@ -44,7 +44,7 @@ class _PopulationMoments:
         self.var = (sums[2] / max(self.count, 1) - self.mean.square()).clamp(min=0)
 
 
-def _gathers_statistics(module: nn.Module) -> bool:
+def gathers_statistics(module: nn.Module) -> bool:
     """Whether a forward pass would move running statistics of the module."""
     if not isinstance(module, (Norm2d, _BatchNorm)) or module.running_var is None:
         return False
@@ -66,7 +66,7 @@ def population_statistics(model: nn.Module) -> Iterator[None]:
     Raises:
         whatever the block raises; nothing has changed then.
     """
-    norms = [module for module in model.modules() if _gathers_statistics(module)]
+    norms = [module for module in model.modules() if gathers_statistics(module)]
     moments = [_PopulationMoments(norm) for norm in norms]
     with contextlib.ExitStack() as stack:
         stack.enter_context(no_recording(model))
