@@ -95,7 +95,13 @@ transfer: setup datasets/shapes datasets/fashion-mnist
 	$(RUN) tools/report.py $(TRANSFER)
 
 datasets/shapes: | setup
-	$(RUN) tools/make_synthetic_coco.py datasets --train 8000 --val 300 --workers 2
+	$(RUN) tools/make_synthetic_coco.py datasets --train 1000 --val 200
+
+# The three varieties of the data of configs/study/shapes.yaml: DETECTRON2_DATASETS=datasets/study.
+datasets/study: | setup
+	for variety in looks content alike; do \
+		$(RUN) tools/make_synthetic_coco.py $@ --train 8000 --val 300 --workers 2 --variety $$variety || exit 1; \
+	done
 
 test: test-$(STACK)
 
@@ -179,4 +185,4 @@ datasets/FashionMNIST/raw:
 	mkdir -p ../FashionMNIST; mv -T usr/share/datasets/fashion-mnist ../FashionMNIST/raw
 
 clean:
-	rm -rf $(ENVIRONMENT_newest) $(ENVIRONMENT_compiled) dist output gpu-bundle datasets/shapes
+	rm -rf $(ENVIRONMENT_newest) $(ENVIRONMENT_compiled) dist output gpu-bundle datasets/shapes datasets/study
