@@ -20,6 +20,9 @@ CHANNELS = 8
 # Past every warm-up at the third iteration.
 NORMS = {
     "MABN": lambda: MABN2d(CHANNELS, buffer_size=2, warmup_iters=0, renorm_start_iter=0),
+    "MABN, LAG 1": lambda: MABN2d(
+        CHANNELS, buffer_size=2, warmup_iters=0, renorm_start_iter=0, lag=1
+    ),
     "BRN": lambda: BRN2d(CHANNELS, r_max_iters=(0, 2), d_max_iters=(0, 2)),
     "MBN": lambda: MBN2d(CHANNELS, memory_size=2),
     "BN": lambda: GhostBatchNorm2d(CHANNELS),

@@ -52,7 +52,9 @@ def test_mask_rcnn_trains_and_evaluates_and_no_step_of_ours_waits(
     shapes, steps, monkeypatch, tmp_path, norm, mixed
 ):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
+    norm, *lag = norm.split(", LAG ")
     options = {f"MODEL.{key}.NORM": norm for key in NORM_KEYS} | {
+        **{"MODEL.MABN.LAG": value for value in lag},
         "INPUT.MIN_SIZE_TRAIN": (SIZE,),
         "INPUT.MAX_SIZE_TRAIN": SIZE,
         "INPUT.MIN_SIZE_TEST": SIZE,
