@@ -148,3 +148,31 @@ def test_centralizing_twice_is_centralizing_once():
     centralize(model), centralize(model)
     assert type(model[0]) is CenConv2d
     assert [site.centralized for site in find_norm_sites(model)] == [True]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(padding=1),
+        dict(stride=2, padding=1, bias=False),
+        dict(dilation=2, padding="same"),
+        dict(padding=1, padding_mode="reflect"),
+        dict(groups=2),
+    ],
+)
+@pytest.mark.parametrize("size", [(2, 64, 4, 5), (2, 64, 40, 40), (0, 64, 4, 4), (64, 4, 4)])
+def test_an_evaluation_without_gradient_gives_the_same_from_few_values_and_from_many(size, options):
+    torch.manual_seed(0)
+    conv = CenConv2d(64, 32, 3, **options, dtype=torch.float64).eval()
+    conv.kernel_mean.uniform_(-0.1, 0.1)
+    x = torch.randn(size, dtype=torch.float64) + 1
+    expected = conv(x)
+    with torch.no_grad():
+        torch.testing.assert_close(conv(x), expected, rtol=0, atol=1e-12)
+
+
+def test_an_evaluation_of_few_values_makes_no_centralized_kernel(monkeypatch):
+    conv = CenConv2d(64, 64, 3, padding=1).eval()
+    monkeypatch.setattr(conv, "centralized_weight", lambda: pytest.fail("a kernel is made"))
+    with torch.no_grad():
+        conv(torch.randn(1, 64, 4, 4))

@@ -254,19 +254,6 @@ def test_a_function_that_divides_by_zero_is_refused():
         import_batch_norm(norm, None, one, one, one, torch.tensor([1.0, 0.0]), 0.0)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "mobilenetv3_small_050"])
-def test_a_model_of_timm_with_norms_that_activate(name):
-    timm = pytest.importorskip("timm", reason="timm is not installed")
-    torch.manual_seed(0)
-    model = settle(timm.create_model(name))
-    x = torch.randn(1, 3, 64, 64)
-    expected = model(x)
-    assert not any(s.reason for s in convertible_sites(model, "MABN"))
-    converted = convert(model, "MABN")
-    assert relative_error(converted(x), expected) < 1e-5
-    assert relative_error(fold(converted)(x), expected) < 1e-5
-
-
 @pytest.mark.parametrize("before, after", [("BN", "MABN"), ("MABN", "BN"), ("FrozenBN", "MABN")])
 @pytest.mark.parametrize("architecture", ["mask_rcnn", "retinanet"])
 def test_a_detector_keeps_its_features_and_its_head(architecture, before, after):

@@ -1,9 +1,11 @@
 """tools/demo.py, run on a small data set with a small model."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from importlib.util import find_spec
 
@@ -196,6 +198,43 @@ def test_a_segmentation_is_drawn(folder):
     assert redness[:, :256].mean() > 50 and redness[:, 256:].mean() < -50
 
 
+def test_keypoints_are_drawn_where_they_are():
+    keypoints = torch.tensor([[[20.0, 20.0, 1.0], [100.0, 100.0, 1.0], [20.0, 100.0, 0.0]]])
+    found = Instances(
+        (128, 128), pred_boxes=Boxes(torch.tensor([[10.0, 10.0, 110.0, 110.0]])),
+        scores=torch.ones(1), pred_classes=torch.zeros(1, dtype=torch.long), pred_keypoints=keypoints,
+    )  # fmt: skip
+    metadata = MetadataCatalog.get("three_points").set(
+        thing_classes=["thing"], keypoint_names=["a", "b", "c"],
+        keypoint_connection_rules=[("a", "b", (0, 255, 0)), ("b", "c", (0, 0, 255))],
+    )  # fmt: skip
+    image = np.full((128, 128, 3), 128, np.uint8)
+    picture = draw(image, {"instances": found}, metadata, threshold=0.5).astype(int)
+    line = picture[4 * 60 - 8 : 4 * 60 + 8, 4 * 60 - 8 : 4 * 60 + 8]  # half the way from a to b
+    assert (line[..., 1] - line[..., 2]).max() > 100
+    assert (picture[..., 0] - picture[..., 2]).max() < 100  # c is not seen, nor is its line
+
+
+def test_a_panoptic_segmentation_is_drawn():
+    segments = torch.zeros(32, 32, dtype=torch.int32)
+    segments[:, :16], segments[8:24, 20:28] = 1, 2
+    infos = [
+        dict(id=1, isthing=False, category_id=0, area=512),
+        dict(id=2, isthing=True, category_id=0, score=0.9, instance_id=0),
+    ]
+    metadata = MetadataCatalog.get("panoptic").set(
+        thing_classes=["thing"], thing_colors=[(0, 250, 0)],
+        stuff_classes=["stuff"], stuff_colors=[(250, 0, 0)],
+    )  # fmt: skip
+    output = {
+        "panoptic_seg": (segments, infos),
+        "instances": Instances((32, 32), scores=torch.ones(0)),
+    }
+    picture = draw(np.zeros((32, 32, 3), np.uint8), output, metadata, 0.5).astype(int)
+    assert (picture[:, :256, 2] - picture[:, :256, 1]).mean() > 50
+    assert (picture[:, 256:] > 30).any(axis=2).mean() < 0.6
+
+
 # ---- models --------------------------------------------------------------------------------------
 
 
@@ -340,6 +379,85 @@ def test_an_error_in_a_video_leaves_nothing(tmp_path):
             video.write("", np.zeros((64, 64, 3), np.uint8))
             1 / 0  # noqa: B018
     assert video.count == 0 and list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_during_a_video_is_said_and_leaves_nothing(tmp_path):
+    program = f"""
+        import resource
+        import numpy as np
+        from mabn_d2.deploy.outputs import VideoFile
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # larger files are an error
+        with VideoFile({str(tmp_path / "drawn")!r} + KIND, 5.0) as video:
+            for _ in range(100):
+                video.write("", noise)
+    """
+    for kind in destinations.CODECS:
+        command = [sys.executable, "-c", textwrap.dedent(program).replace("KIND", repr(kind))]
+        done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True)
+        assert re.search(
+            rf"OSError: .*drawn{kind}: only \d+ of 100 frames could be written", done.stderr
+        )
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "wait, keys, more",
+    [
+        (True, [-1, -1, ord(" ")], True),
+        (True, [-1, ord("q")], False),
+        (True, [27], False),
+        (False, [-1], True),
+        (False, [ord("q")], False),
+    ],
+)
+def test_keys_of_a_window(wait, keys, more, monkeypatch):
+    shown, waiting = [], list(keys)
+    ok = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(destinations.subprocess, "run", lambda *args, **options: ok)
+    for name, function in {
+        "namedWindow": lambda *args: None,
+        "imshow": lambda title, picture: shown.append(picture),
+        "waitKey": lambda milliseconds: waiting.pop(0),
+        "getWindowProperty": lambda *args: 1.0,
+        "destroyAllWindows": lambda: shown.append("closed"),
+    }.items():
+        monkeypatch.setattr(cv2, name, function)
+    with destinations.Window("title", wait) as window:
+        assert window.write("", np.zeros((8, 8, 3), np.uint8)) is more
+        monkeypatch.setattr(cv2, "getWindowProperty", lambda *args: 0.0)
+        waiting.append(-1)
+        assert not window.write("", np.zeros((8, 8, 3), np.uint8))  # closed by its frame
+    assert window.count == 2 and shown[-1] == "closed" and waiting == []
+
+
+def test_a_camera_that_stops_ends_the_video_and_one_without_a_frame_is_refused(
+    demo, refuse, monkeypatch
+):
+    class Camera:
+        def __init__(self, frames):
+            self.frames = [np.full((64, 64, 3), 90, np.uint8)] * frames
+
+        def isOpened(self):
+            return True
+
+        def get(self, key):
+            return 0.0
+
+        def read(self):
+            return (True, self.frames.pop()) if self.frames else (False, None)
+
+    original = cv2.VideoCapture
+    for frames in (3, 0):
+        fake = lambda source, frames=frames: (  # noqa: E731
+            original(source) if isinstance(source, str) else Camera(frames)
+        )
+        monkeypatch.setattr(cv2, "VideoCapture", fake)
+        arguments = ["--webcam", 0, "--output", f"{frames}.avi"]
+        if frames:
+            assert demo(*arguments)[1].endswith("3 images are drawn into 3.avi\n")
+        else:
+            assert "camera 0 gives no frame" in refuse(*arguments)
 
 
 def test_a_class_without_a_name_is_refused():

@@ -7,14 +7,18 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from detectron2.modeling import RetinaNet
+from detectron2.structures import Boxes
+from torch import nn
 
-from mabn_d2 import MABN2d, convert
+from mabn_d2 import MABN2d, convert, fold
 from mabn_d2.data import make_synthetic_coco
 from mabn_d2.deploy import ExportedDetector, export_detector
+from mabn_d2.deploy.exporting import ONNX_OPSET
 from mabn_d2.engine import Trainer
 from mabn_d2.plugin import load_config
 
-from .helpers import CONFIGS, INSTANT, ROOT
+from .helpers import CONFIGS, INSTANT, ROOT, load_tool
 from .helpers.runs import environment
 from .helpers.settled import relative_error, settle
 
@@ -30,7 +34,7 @@ TINY = {
          "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0],
     ),
 }  # fmt: skip
-FORMATS = ["tracing", pytest.param("onnx", marks=needs_onnx)]
+FORMATS = ["tracing", "scripting", pytest.param("onnx", marks=needs_onnx)]
 
 
 def image(height, width, seed=0):
@@ -65,6 +69,71 @@ def assert_same_detections(got, expected):
         assert (got.pred_boxes.tensor - expected.pred_boxes.tensor).abs().max() < 0.1
 
 
+class Numbers(nn.Module):
+    """What a detector computes before it selects: features, logits and deltas, and masks of a region."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model.eval()
+
+    def forward(self, image, boxes):
+        model, regions = self.model, [Boxes(boxes)]
+        features = model.backbone(model.preprocess_image([{"image": image}]).tensor)
+        if isinstance(model, RetinaNet):
+            logits, deltas = model.head([features[name] for name in model.head_in_features])
+            return (*features.values(), *logits, *deltas)
+        proposals, heads = model.proposal_generator, model.roi_heads
+        logits, deltas = proposals.rpn_head([features[name] for name in proposals.in_features])
+        pooled = heads.box_pooler([features[name] for name in heads.box_in_features], regions)
+        scores_and_deltas = heads.box_predictor(heads.box_head(pooled))
+        masks = heads.mask_pooler([features[name] for name in heads.mask_in_features], regions)
+        return (
+            *features.values(),
+            *logits,
+            *deltas,
+            *scores_and_deltas,
+            heads.mask_head.layers(masks),
+        )
+
+
+@pytest.mark.parametrize("format", ["tracing", pytest.param("onnx", marks=needs_onnx)])
+def test_features_logits_and_deltas_are_the_models(detector, format, tmp_path):
+    exported, boxes = Numbers(fold(detector)), torch.tensor([[8.0, 8.0, 60.0, 70.0]])
+    path = tmp_path / "numbers"
+    with torch.no_grad(), path.open("wb") as file:
+        if format == "tracing":
+            traced = torch.jit.trace(exported, (image(128, 160), boxes), check_trace=False)
+            torch.jit.save(traced, file)
+        else:
+            options = {} if torch.__version__ < "2.5" else {"dynamo": False}
+            torch.onnx.export(
+                exported, (image(128, 160), boxes), file, opset_version=ONNX_OPSET,
+                input_names=["image", "boxes"],
+                dynamic_axes={"image": {1: "height", 2: "width"}, "boxes": {0: "regions"}}, **options,
+            )  # fmt: skip
+    with torch.no_grad():
+        run = torch.jit.load(str(path)) if format == "tracing" else run_by_onnxruntime(path)
+        for height, width in [(128, 160), (96, 200)]:
+            x = image(height, width, 1)
+            expected, got = list(Numbers(detector)(x, boxes)), list(run(x, boxes))
+            assert len(got) == len(expected) >= 15
+            for value, right in zip(got, expected):
+                assert relative_error(value, right) < 1e-4
+
+
+def run_by_onnxruntime(path):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]  # RetinaNet has no use for boxes
+
+    def run(image, boxes):
+        given = {"image": image.numpy(), "boxes": boxes.numpy()}
+        return map(torch.from_numpy, session.run(None, {name: given[name] for name in names}))
+
+    return run
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("norm", ["MABN", "BN"])
 def test_an_exported_detector_finds_what_the_model_finds(detector, format, norm, tmp_path):
@@ -94,19 +163,6 @@ def test_an_image_without_detections_gives_none(detector, format, tmp_path):
     assert len(ExportedDetector(path)([dict(image=image(128, 160))])[0]["instances"]) == 0
 
 
-@pytest.mark.skipif(find_spec("detectron2._C") is None, reason="Detectron2 without _C")
-def test_a_detector_is_scripted(tmp_path):
-    torch.manual_seed(0)
-    file, options = TINY["mask_rcnn"]
-    model = Trainer.build_model(load_config(str(file), ["MODEL.WEIGHTS", "", *options]))
-    settle(model, inputs=[dict(image=image(96, 96))])
-    export_detector(model, tmp_path / "model.ts", "scripting", image(128, 160))
-    (got,) = torch.jit.load(str(tmp_path / "model.ts"))(({"image": image(96, 200)},))
-    with torch.no_grad():
-        expected = model.inference([dict(image=image(96, 200))], do_postprocess=False)[0]
-    assert relative_error(got["scores"], expected.scores) < 1e-3
-
-
 @needs_onnx
 def test_the_file_holds_no_norm_and_runs_without_torch_and_without_this_package(detector, tmp_path):
     import onnx
@@ -134,13 +190,14 @@ def test_what_cannot_be_exported_is_refused_before_a_file_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_tool_exports_and_compares_the_ap(tmp_path):
+@pytest.mark.parametrize("format", ["tracing", "scripting"])
+def test_the_tool_exports_and_compares_the_ap(format, tmp_path):
     make_synthetic_coco(tmp_path, layout="shapes", train=1, val=2, size=64)
     model = Trainer.build_model(load_config(str(INSTANT), ["MODEL.WEIGHTS", ""]))
     torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
     command = [
         sys.executable, str(ROOT / "tools/export_model.py"), "--config-file", str(INSTANT),
-        "--format", "tracing", "--output", str(tmp_path / "model.ts"), "--evaluate",
+        "--format", format, "--output", str(tmp_path / "model.ts"), "--evaluate",
         "MODEL.WEIGHTS", str(tmp_path / "model.pth"), "OUTPUT_DIR", str(tmp_path / "output"),
     ]  # fmt: skip
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True)
@@ -151,3 +208,11 @@ def test_the_tool_exports_and_compares_the_ap(tmp_path):
     for line in lines:  # "shapes_val bbox AP: model 0.00, /tmp/model.ts 0.00"
         of_model, of_file = line.split("AP: ")[1].split(", ")
         assert of_model.split()[-1] == of_file.split()[-1]
+
+
+def test_a_detector_without_weights_is_refused_in_one_line(tmp_path, capsys):
+    output = tmp_path / "model.onnx"
+    with pytest.raises(SystemExit) as error:
+        load_tool("export_model").main(["--config-file", str(INSTANT), "--output", str(output)])
+    assert error.value.code == 2 and not output.exists()
+    assert "MODEL.WEIGHTS is empty" in capsys.readouterr().err

@@ -39,8 +39,6 @@ def parse_arguments(argv):
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE")
     args = without_usage(add_arguments(parser)).parse_args(argv)
-    if args.evaluate and args.format == "scripting":
-        parser.error("--evaluate is for the formats onnx and tracing")
     if args.output.endswith(".onnx") != (args.format == "onnx"):
         parser.error(f"--output: {args.output} ends in .onnx if and only if --format is onnx")
     return args
@@ -65,8 +63,10 @@ def main(argv=None):
         bring_in(args)
         cfg = load_config(args.config_file, args.opts)
         setup_logger(name="mabn_d2")
+        if not cfg.MODEL.WEIGHTS:
+            raise ValueError("MODEL.WEIGHTS is empty: the model would have random weights")
         model = Trainer.build_model(cfg).eval()
-        Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+        Checkpointer(model, weights_import=cfg.MODEL.WEIGHTS_IMPORT).load(cfg.MODEL.WEIGHTS)
         size = min(cfg.INPUT.MIN_SIZE_TEST, 256)
         export_detector(model, args.output, args.format, 255 * torch.rand(3, size, size + 32))
         print(f"{args.output} is written")

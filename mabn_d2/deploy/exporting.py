@@ -101,8 +101,9 @@ class _ScriptableRetinaNet(nn.Module):
         self.eval()
 
     def forward(self, inputs: tuple[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        outputs = self.model(inputs)
-        return [output["instances"].get_fields() for output in outputs]
+        return [
+            i.get_fields() for i in self.model(inputs)
+        ]  # as it is scripted, these are instances
 
 
 def _script(model: nn.Module, file: IO[bytes], image: torch.Tensor) -> None:

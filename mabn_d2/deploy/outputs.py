@@ -75,7 +75,8 @@ class VideoFile:
     """
     A video of the pictures, which is there once it is complete.
 
-    Ctrl-C ends it with the pictures that it has. Any other error leaves nothing.
+    Ctrl-C ends it with the pictures that it has. Any other error leaves nothing, nor does a full disk, which is
+    an `OSError`.
     """
 
     def __init__(self, output: str, frames_per_second: float):
@@ -132,8 +133,22 @@ class VideoFile:
             written, self.count = self.count, 0
             if written == 0 or not (kind is None or issubclass(kind, KeyboardInterrupt)):
                 return
+            on_disk = _number_of_frames(self._file)
+            if on_disk < written:  # OpenCV does not tell
+                raise OSError(
+                    f"{self.name}: only {on_disk} of {written} frames could be written, is the disk full?"
+                )
             os.replace(self._file, self.name)
             self.count = written
+
+
+def _number_of_frames(video: str) -> int:
+    """Frames that can be read from a file."""
+    capture, count = cv2.VideoCapture(video), 0
+    while capture.grab():
+        count += 1
+    capture.release()
+    return count
 
 
 class Window:

@@ -84,7 +84,7 @@ def _load_exported(path: str) -> ExportedDetector:
         raise ImportError(f"{path} needs onnxruntime: pip install onnxruntime") from error
     except Exception as error:  # TorchScript's and onnxruntime's own
         raise ValueError(
-            f"{path} is no model that tools/export_model.py has written as ONNX or by tracing"
+            f"{path} is no model that tools/export_model.py has written as ONNX or TorchScript"
         ) from error
 
 

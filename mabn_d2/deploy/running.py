@@ -20,7 +20,7 @@ class ExportedDetector:
     def __init__(self, path: str | os.PathLike):
         """
         Args:
-            path: a file that :func:`export_detector` has written by tracing or as ONNX (`*.onnx`).
+            path: a file that :func:`export_detector` has written, ONNX if it is named `*.onnx`.
 
         Raises:
             ImportError: onnxruntime is not installed.
@@ -29,21 +29,28 @@ class ExportedDetector:
             import onnxruntime
 
             session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-            self._names = [output.name for output in session.get_outputs()]
-            self._run = lambda image: map(
-                torch.from_numpy, session.run(None, {"image": image.numpy()})
+            names = [output.name for output in session.get_outputs()]
+            self._run = lambda image: dict(
+                zip(names, map(torch.from_numpy, session.run(None, {"image": image.numpy()})))
             )
-        else:
-            extra = {"outputs": ""}
-            self._run = torch.jit.load(str(path), _extra_files=extra)
-            self._names = json.loads(extra["outputs"])
+            return
+        extra = {"outputs": ""}
+        module = torch.jit.load(str(path), _extra_files=extra)
+        if extra["outputs"]:
+            names = json.loads(extra["outputs"])
+            self._run = lambda image: dict(zip(names, module(image)))
+        else:  # scripted
+            self._run = lambda image: module(({"image": image},))[0]
 
     def __call__(self, inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
         outputs = []
         for given in inputs:
-            fields = dict(zip(self._names, self._run(given["image"].float())))
-            height, width = fields.pop("image_size").tolist()
-            fields["pred_boxes"] = Boxes(fields["pred_boxes"])
+            image = given["image"].float()
+            fields = self._run(image)
+            fields.pop("image_size", None)
+            height, width = image.shape[-2:]
+            boxes = fields["pred_boxes"]
+            fields["pred_boxes"] = Boxes(getattr(boxes, "tensor", boxes))
             instances = Instances((height, width), **fields)
             size = given.get("height", height), given.get("width", width)
             outputs.append({"instances": detector_postprocess(instances, *size)})

@@ -10,6 +10,7 @@ Authors' release: https://github.com/megvii-model/MABN (`CenConv2d`)
 """
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,7 @@ from ..ops import affine_map, constant
 
 
 class _CentralizeFunction(torch.autograd.Function):
-    """W - mean(W) + m₀ for m₀ of shape (out_channels,), and its gradient, in two operations each."""
+    """W - mean(W) + m₀ for m₀ of shape (out_channels,), and its gradient, in few operations each."""
 
     @staticmethod
     def forward(ctx, weight, mean):
@@ -28,6 +29,8 @@ class _CentralizeFunction(torch.autograd.Function):
             in_order = weight.permute(0, 2, 3, 1)
         filters = in_order.reshape(1, len(weight), -1, 1)
         now = filters.mean((0, 2, 3), dtype=mean.dtype)
+        if not weight.is_cuda and weight.dtype == mean.dtype:
+            return weight - (now - mean)[:, None, None, None]
         ones = constant(torch.ones, len(weight), dtype=mean.dtype, device=weight.device)
         centralized = affine_map(filters, now, ones, mean).view(in_order.shape)
         return centralized if in_order is weight else centralized.permute(0, 3, 1, 2)
@@ -51,7 +54,7 @@ def centralize_kernel(weight: torch.Tensor, mean: torch.Tensor | None = None) ->
     if torch.jit.is_scripting():
         centralized = _centralize(weight, mean)
     else:
-        centralized = _centralize_in_two_operations(weight, mean)
+        centralized = _centralize_in_few_operations(weight, mean)
     return centralized
 
 
@@ -60,9 +63,14 @@ def _centralize(weight: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor
     return weight - (now if mean is None else now - mean.to(weight.dtype))
 
 
-def _centralize_in_two_operations(weight: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
-    is_recorded = torch.jit.is_tracing() or torch.compiler.is_compiling()
-    if is_recorded or isinstance(weight, fx.Proxy):  # of no use to them: an operation in Python
+def _is_recorded(tensor: torch.Tensor) -> bool:
+    is_proxy = isinstance(tensor, fx.Proxy)
+    return is_proxy or torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def _centralize_in_few_operations(weight: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
+    # What records has no use for an operation in Python, nor has an evaluation on the CPU.
+    if _is_recorded(weight) or not (weight.is_cuda or torch.is_grad_enabled()):
         return _centralize(weight, mean)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if mean is None:
@@ -151,12 +159,40 @@ class CenConv2d(CentralizedKernel, nn.Conv2d):
         self.centralized = wants_it and can_be_centralized(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self._conv_forward(x, self.centralized_weight(), self.bias)
+        if torch.jit.is_scripting():
+            x = self._conv_forward(x, self.centralized_weight(), self.bias)
+        else:
+            x = self._centralized_conv(x)
         if self.norm is not None:
             x = self.norm(x)
         if self.activation is not None:
             x = self.activation(x)
         return x
+
+    def _centralized_conv(self, x: torch.Tensor) -> torch.Tensor:
+        if self.centralized and self._has_more_weights_than_values(x):
+            return self._centralize_output(x)
+        return self._conv_forward(x, self.centralized_weight(), self.bias)
+
+    def _has_more_weights_than_values(self, x: torch.Tensor) -> bool:
+        """Whether an evaluation on the CPU reads and writes less where the output is centralized."""
+        if self.training or torch.is_grad_enabled() or _is_recorded(x) or x.dim() != 4:
+            return False
+        if self.groups > 1 or self.padding_mode != "zeros" or x.device.type != "cpu":
+            return False
+        if torch.is_autocast_cpu_enabled() or x.dtype not in (torch.float32, torch.float64):
+            return False
+        n, _, height, width = x.shape
+        outputs = n * self.out_channels * height * width // math.prod(self.stride)
+        return self.weight.numel() > x.numel() + 2 * outputs
+
+    def _centralize_output(self, x: torch.Tensor) -> torch.Tensor:
+        """(W - mean(W) + m₀) * x as W * x - (mean(W) - m₀)·(1 * x), where * is the convolution."""
+        ones = x.new_ones(1, 1, *self.kernel_size)
+        total = self._conv_forward(x.sum(1, keepdim=True), ones, None)
+        excess = self.weight.mean((1, 2, 3)) - self.kernel_mean.flatten()
+        out = self._conv_forward(x, self.weight, self.bias)
+        return out.addcmul_(excess[:, None, None], total, value=-1)
 
 
 class CenConvTranspose2d(CentralizedKernel, nn.ConvTranspose2d):

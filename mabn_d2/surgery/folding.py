@@ -41,9 +41,14 @@ class InTurn(nn.ModuleList):
         self._next = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        module = self[self._next]
-        self._next = (self._next + 1) % len(self)
-        return module(x)
+        now, out = self._next, x
+        self._next = 0  # after the last one
+        for i, module in enumerate(self):  # TorchScript knows no other way to one of them
+            if i == now:
+                out = module(x)
+            elif i == now + 1:
+                self._next = i
+        return out
 
 
 class AffineMap(NamedTuple):

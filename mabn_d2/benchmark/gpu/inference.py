@@ -25,7 +25,7 @@ def measure(case: Case, options: Options) -> Iterator[dict]:
     side, rounds = (64, 2) if options.tiny else (224, 100)
     networks = {name: network.to(dtype) for name, network in make_networks().items()}
     images = torch.randn(batch, 3, side, side, device="cuda", dtype=dtype)
-    for result in benchmark_inference(networks, images, rounds):
+    for result in benchmark_inference(networks, images, rounds, images.device):
         low, high = np.percentile(result.times, [10, 90])
         yield {
             "network": result.name,
