@@ -2,9 +2,12 @@
 
 import logging
 import pickle
+import warnings
 
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultTrainer
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils import comm
@@ -71,11 +74,11 @@ def outputs(model):
 
 
 @torch.no_grad()
-def assert_same_outputs(model, source):
+def assert_same_outputs(model, source, tolerance=1e-9):
     expected = outputs(source.eval())
     for name, out in outputs(model.eval()).items():
         assert expected[name].std() > 0
-        assert relative_error(out, expected[name]) < 1e-9, name
+        assert relative_error(out, expected[name]) < tolerance, name
 
 
 def load(model, path, caplog=None, **options):
@@ -202,6 +205,48 @@ def test_as_is_loads_by_name_and_warns(tmp_path, caplog):
         ValueError, match="'exactly' is not known, accepted are 'exact', 'adapt', 'as_is'"
     ):
         Checkpointer(model, weights_import="exactly")
+
+
+# --------------------------------------------------------------------------- in a stock script
+
+
+def test_a_stock_script_imports_files_with_statistics_exactly(tmp_path, shapes):
+    source = trained(detector("BN", "BN"), dead=False).float()
+    DetectionCheckpointer(source, str(tmp_path)).save("model")
+    options = ("MODEL.WEIGHTS", str(tmp_path / "model.pth"), "SOLVER.MAX_ITER", "1")
+    trainer = DefaultTrainer(cfg_for(shapes, tmp_path / "out", *options, "DATASETS.TEST", "()"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.resume_or_load(resume=False)
+    model = trainer.model.double()
+    assert_same_outputs(model, source.double(), 1e-5)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    expected = source.backbone(images)
+    for name, feature in model.train().backbone(images).items():
+        assert relative_error(feature, expected[name]) < 1e-5
+    trainer.model.float()
+    trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_a_stock_script_says_what_it_loads_as_it_is(tmp_path):
+    for rest, message in [("", "affine map, of GN or of no norm"), ("GN", "affine map, of GN")]:
+        source, model = trained(detector("FrozenBN", rest)), detector("MABN", "MABN")
+        DetectionCheckpointer(source, str(tmp_path)).save(f"model{rest}")
+        with pytest.warns(UserWarning, match=message):
+            DetectionCheckpointer(model).load(str(tmp_path / f"model{rest}.pth"))
+        images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+        expected = source.backbone.bottom_up(images)  # which has statistics
+        for name, feature in model.eval().backbone.bottom_up(images).items():
+            assert relative_error(feature, expected[name]) < 1e-9
+        assert not model.backbone.fpn_lateral2.kernel_mean.any()
+
+
+def test_beside_its_convolution_a_norm_says_that_it_loads_bn_as_it_is():
+    model = network(MABN2d)
+    with pytest.warns(UserWarning, match="which convolution feeds it is not told"):
+        model.load_state_dict(trained(network(nn.BatchNorm2d)).state_dict(), strict=False)
+    assert not model[0].kernel_mean.any() and not model[1].running_mean.any()
 
 
 # ------------------------------------------------------------------------------------- from_bn

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from ..layers import BRN2d, CentralizedKernel, MABN2d, MBN2d, centralize_kernel
+from ..layers.centralized_conv import kernel_mean
+from ..layers.importing import EPS, is_affine, is_of_mabn
 from ..training.population import input_moments
-from .importing import import_batch_norm, kernel_mean
+from .importing import import_batch_norm
 from .sites import NormSite, are_levels, find_norm_sites, num_channels
-
-EPS = 1e-5  # of BN in Detectron2 and torchvision, whose files do not hold it
 
 
 class Imported(NamedTuple):
@@ -186,13 +186,13 @@ def _read(
     weight, bias = vector(f"{name}.weight"), vector(f"{name}.bias")
     mean, var = of_levels("running_mean"), of_levels("running_var")
     if var is not None:
-        is_mabn = f"{first}.psi.count" in state_dict or f"{first}.iters" in state_dict
+        is_mabn = is_of_mabn(state_dict, f"{first}.")
         if mean is None and not is_mabn:
             return None
         if _is_its_own(norm, state_dict, first, is_mabn):
             return None
         mean = torch.zeros_like(var) if mean is None else mean
-        if not is_mabn and not mean.any() and (var == 1 - EPS).all() | (var == 1).all():
+        if not is_mabn and is_affine(mean, var):
             scale = (var[0].double() + eps).rsqrt()
             return affine(scale if weight is None else weight.double() * scale, bias)
         return _Source(weight, bias, mean, var, eps, centralized=is_mabn)
