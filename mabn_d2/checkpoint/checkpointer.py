@@ -113,6 +113,14 @@ class Checkpointer(DetectionCheckpointer):
                 return self._restore(file, checkpoint, None)
         return self.load(path, checkpointables=[])
 
+    def log_evaluation_only(self) -> None:
+        """Says so where "adapt" has no training data to adapt to."""
+        if self.weights_import == "adapt" and self.unmeasured:
+            self.logger.warning(
+                "MODEL.WEIGHTS_IMPORT (train.weights_import) 'adapt' is 'as_is' without training: the statistics "
+                "of %d norms are not re-estimated", len(self.unmeasured),
+            )  # fmt: skip
+
     def _read_last_checkpoint(self) -> tuple[str, dict[str, Any]]:
         file = self.get_checkpoint_file()
         return file, self._load_file(file) if file else {}
