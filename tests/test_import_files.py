@@ -241,7 +241,7 @@ def test_the_file_of_a_mabn_as_one_of_bn(convert, ours, tmp_path):
     assert not any("psi" in key or "kernel_mean" in key for key in state)
     model = detector(ours, ours)
     model.load_state_dict(state, strict=ours == "FrozenBN")  # BN counts batches, too
-    assert_same_predictions(model, source, 1e-6)  # statistics are written in float32
+    assert_same_predictions(model, source, 1e-5)  # statistics are written in float32
     error = convert(tmp_path / "dst.pth", tmp_path / "x.pth", "--from", "detectron2", "--norm", "BN",
                     status=2)  # fmt: skip
     assert "dst.pth holds no MABN, --norm BN accepts MABN" in error
