@@ -2,9 +2,13 @@
 
 import logging
 import pickle
+import warnings
 
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.engine import DefaultTrainer
+from detectron2.layers.batch_norm import CycleBatchNormList
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from detectron2.utils import comm
@@ -71,11 +75,11 @@ def outputs(model):
 
 
 @torch.no_grad()
-def assert_same_outputs(model, source):
+def assert_same_outputs(model, source, tolerance=1e-9):
     expected = outputs(source.eval())
     for name, out in outputs(model.eval()).items():
         assert expected[name].std() > 0
-        assert relative_error(out, expected[name]) < 1e-9, name
+        assert relative_error(out, expected[name]) < tolerance, name
 
 
 def load(model, path, caplog=None, **options):
@@ -198,10 +202,62 @@ def test_as_is_loads_by_name_and_warns(tmp_path, caplog):
     assert sum("another norm" in message for message in said) == 2  # BN and none
     stem = model.backbone.bottom_up.stem.conv1
     assert not stem.kernel_mean.any() and not stem.norm.running_mean.any()
+    model = detector("MABN", "MABN")
+    for how in ("as_is", "adapt"):
+        caplog.clear()
+        checkpointer = Checkpointer(model, weights_import=how)
+        checkpointer.load(str(tmp_path / "model.pth"))
+        checkpointer.log_evaluation_only()
+        warned = [
+            r for r in caplog.records if "'adapt' is 'as_is' without training" in r.getMessage()
+        ]
+        assert len(warned) == (how == "adapt")
     with pytest.raises(
         ValueError, match="'exactly' is not known, accepted are 'exact', 'adapt', 'as_is'"
     ):
         Checkpointer(model, weights_import="exactly")
+
+
+# --------------------------------------------------------------------------- in a stock script
+
+
+def test_a_stock_script_imports_files_with_statistics_exactly(tmp_path, shapes):
+    source = trained(detector("BN", "BN"), dead=False).float()
+    DetectionCheckpointer(source, str(tmp_path)).save("model")
+    options = ("MODEL.WEIGHTS", str(tmp_path / "model.pth"), "SOLVER.MAX_ITER", "1")
+    trainer = DefaultTrainer(cfg_for(shapes, tmp_path / "out", *options, "DATASETS.TEST", "()"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.resume_or_load(resume=False)
+    model = trainer.model.double()
+    assert_same_outputs(model, source.double(), 1e-5)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    expected = source.backbone(images)
+    for name, feature in model.train().backbone(images).items():
+        assert relative_error(feature, expected[name]) < 1e-5
+    trainer.model.float()
+    trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_a_stock_script_says_what_it_loads_as_it_is(tmp_path):
+    for rest, message in [("", "affine map, of GN or of no norm"), ("GN", "affine map, of GN")]:
+        source, model = trained(detector("FrozenBN", rest)), detector("MABN", "MABN")
+        DetectionCheckpointer(source, str(tmp_path)).save(f"model{rest}")
+        with pytest.warns(UserWarning, match=message):
+            DetectionCheckpointer(model).load(str(tmp_path / f"model{rest}.pth"))
+        images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+        expected = source.backbone.bottom_up(images)  # which has statistics
+        for name, feature in model.eval().backbone.bottom_up(images).items():
+            assert relative_error(feature, expected[name]) < 1e-9
+        assert not model.backbone.fpn_lateral2.kernel_mean.any()
+
+
+def test_beside_its_convolution_a_norm_says_that_it_loads_bn_as_it_is():
+    model = network(MABN2d)
+    with pytest.warns(UserWarning, match="which convolution feeds it is not told"):
+        model.load_state_dict(trained(network(nn.BatchNorm2d)).state_dict(), strict=False)
+    assert not model[0].kernel_mean.any() and not model[1].running_mean.any()
 
 
 # ------------------------------------------------------------------------------------- from_bn
@@ -249,6 +305,35 @@ def test_from_bn_measures_what_the_source_does_not_hold():
     var = x.var((0, 2, 3), unbiased=False) - model[1].eps
     torch.testing.assert_close(model[1].running_var, var + model[1].eps)
     torch.testing.assert_close(model.train()(images), source(images))  # the first training step
+
+
+class HeadOfLevels(nn.Module):
+    """Of the kind of RetinaNet's: one convolution, one norm per feature level, γ and β shared."""
+
+    def __init__(self, norm):
+        super().__init__()
+        convolution = CenConv2d(3, 8, 3, bias=False) if norm else nn.Conv2d(3, 8, 3)
+        levels = CycleBatchNormList(2, norm, num_features=8) if norm else nn.Identity()
+        self.tower = nn.Sequential(convolution, levels, nn.ReLU()).double()
+
+    def forward(self, features):
+        return [self.tower(feature) for feature in features]
+
+
+def test_norms_per_feature_level_that_share_their_parameters_keep_the_function():
+    torch.manual_seed(0)
+    source, model = HeadOfLevels(None), HeadOfLevels(MABN2d)
+    images = [2 + torch.randn(4, 3, 16, 16).double(), -1 + 3 * torch.randn(4, 3, 8, 8).double()]
+    imported = mabn_d2.from_bn(model, source.state_dict(), [(images)])
+    assert imported.affine == ["tower.1"]
+    first, second = model.tower[1]
+    x = [model.tower[0](image) for image in images]
+    means = torch.stack([level.mean((0, 2, 3)) for level in x])
+    torch.testing.assert_close(first.running_mean, means.mean(0))
+    assert torch.equal(first.running_var, second.running_var) and first.running_mean.std() > 0
+    for mode in (False, True):
+        for got, expected in zip(model.train(mode)(images), source(images)):
+            torch.testing.assert_close(got, expected)
 
 
 def test_a_norm_that_saw_nothing_stays_what_it_was():

@@ -10,7 +10,7 @@ import sys
 
 from mabn_d2.checkpoint import (
     SOURCES,
-    as_mabn,
+    as_norm,
     check_destination,
     config_lines,
     describe,
@@ -36,8 +36,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--norm",
-        choices=["MABN"],
-        help="write weights of this norm that have the function of those of BN",
+        choices=["MABN", "BN"],
+        help="write weights of this norm that have the function of those of the other; BN is FrozenBN, too",
+    )
+    parser.add_argument(
+        "--eps",
+        type=float,
+        help="ε of SRC's BN, which no file holds; by default 1e-5, and 0 for torchvision's detectors",
     )
     parser.add_argument(
         "--config-file", metavar="FILE", help="also compare with the model of this config"
@@ -50,9 +55,9 @@ def main() -> int:
     try:
         check_destination(arguments.dst)
         bring_in(arguments)
-        weights = load_weights(arguments.src, arguments.source)
+        weights = load_weights(arguments.src, arguments.source, arguments.eps)
         if arguments.norm:
-            weights = as_mabn(weights, arguments.src)
+            weights = as_norm(weights, arguments.src, arguments.norm)
         match = None
         if arguments.config_file:
             cfg = load_config(arguments.config_file, ["MODEL.DEVICE", "cpu"])

@@ -35,9 +35,10 @@ def main(args):
         torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_world_size()))
     if args.eval_only:
         model = LazyTrainer.build_model(cfg)
-        Checkpointer(
-            model, cfg.train.output_dir, weights_import=cfg.train.weights_import
-        ).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+        how = cfg.train.weights_import
+        checkpointer = Checkpointer(model, cfg.train.output_dir, weights_import=how)
+        checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+        checkpointer.log_evaluation_only()
         return LazyTrainer.test(cfg, model)
     trainer = LazyTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)

@@ -38,9 +38,10 @@ def main(args):
         torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_world_size()))
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        Checkpointer(model, cfg.OUTPUT_DIR, weights_import=cfg.MODEL.WEIGHTS_IMPORT).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
+        how = cfg.MODEL.WEIGHTS_IMPORT
+        checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, weights_import=how)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        checkpointer.log_evaluation_only()
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_augmentation(cfg, model))

@@ -2,7 +2,7 @@
 
 from ..utils import needs_detectron2  # noqa: F401
 from .checkpointer import WEIGHTS_IMPORT, Checkpointer, last_checkpoint
-from .convert import SOURCES, as_mabn, check_destination, load_weights, save_weights
+from .convert import SOURCES, as_norm, check_destination, load_weights, save_weights
 from .describe import Match, config_lines, describe, match_model
 from .reading import read_checkpoint
 from .sources import Weights
@@ -13,7 +13,7 @@ __all__ = [
     "Checkpointer",
     "Match",
     "Weights",
-    "as_mabn",
+    "as_norm",
     "check_destination",
     "config_lines",
     "describe",

@@ -13,6 +13,8 @@ from detectron2.utils.file_io import PathManager
 from fvcore.common.checkpoint import _strip_prefix_if_present
 from torch import distributed, nn
 
+from ..layers import CentralizedKernel, MABN2d
+from ..layers.importing import is_of_mabn
 from ..surgery.weights import has_statistics
 from ..utils.files import atomic_write
 from .matching import Matched, match_to_model
@@ -111,6 +113,14 @@ class Checkpointer(DetectionCheckpointer):
                 return self._restore(file, checkpoint, None)
         return self.load(path, checkpointables=[])
 
+    def log_evaluation_only(self) -> None:
+        """Says so where "adapt" has no training data to adapt to."""
+        if self.weights_import == "adapt" and self.unmeasured:
+            self.logger.warning(
+                "MODEL.WEIGHTS_IMPORT (train.weights_import) 'adapt' is 'as_is' without training: the statistics "
+                "of %d norms are not re-estimated", len(self.unmeasured),
+            )  # fmt: skip
+
     def _read_last_checkpoint(self) -> tuple[str, dict[str, Any]]:
         file = self.get_checkpoint_file()
         return file, self._load_file(file) if file else {}
@@ -172,7 +182,8 @@ class Checkpointer(DetectionCheckpointer):
         )
         self.unmeasured = matched.imported.affine if matched.imported else []
         _log_match(path, matched)
-        checkpoint["model"] = matched.state_dict
+        checkpoint["model"] = state_dict = matched.state_dict
+        _load_as_matched(self.model, state_dict)
         self._log_incompatible_keys(self._load_model(checkpoint))
         for key in self.checkpointables if checkpointables is None else checkpointables:
             if key in checkpoint:
@@ -204,6 +215,15 @@ class Checkpointer(DetectionCheckpointer):
         for name in os.listdir(self.save_dir):
             if name.startswith(".model_") or name.startswith(".last_checkpoint."):
                 os.remove(os.path.join(self.save_dir, name))
+
+
+def _load_as_matched(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> None:
+    """Leaves nothing to the layers' own import of BN, in place."""
+    for name, module in model.named_modules():
+        if isinstance(module, CentralizedKernel) and f"{name}.weight" in state_dict:
+            state_dict.setdefault(f"{name}.kernel_mean", torch.zeros_like(module.kernel_mean))
+        elif isinstance(module, MABN2d) and not is_of_mabn(state_dict, f"{name}."):
+            state_dict.pop(f"{name}.running_mean", None)
 
 
 def last_checkpoint(folder: str) -> str:

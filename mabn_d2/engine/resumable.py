@@ -117,8 +117,8 @@ class ResumableTrainer(DefaultTrainer):
         )  # fmt: skip
         if left:
             logger.warning(
-                "The statistics of %d norms could not be measured: they saw nothing, or are one of several per "
-                "feature level. They start at mean 0 and variance 1: %s", len(left), ", ".join(left),
+                "The statistics of %d norms could not be measured: they saw nothing, or have no γ and β. "
+                "They start at mean 0 and variance 1: %s", len(left), ", ".join(left),
             )  # fmt: skip
 
     def _place_loader(self) -> None:

@@ -17,6 +17,8 @@ import torch
 from torch import fx, nn
 
 from ..ops import affine_map, constant
+from .importing import take_over_state
+from .mabn import MABN2d
 
 
 class _CentralizeFunction(torch.autograd.Function):
@@ -78,6 +80,15 @@ def _centralize_in_few_operations(weight: torch.Tensor, mean: torch.Tensor | Non
     return _CentralizeFunction.apply(weight, mean.flatten().to(dtype))
 
 
+def kernel_mean(convolution: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """The mean of each filter of a kernel for a convolution, shape (out_channels, 1, 1, 1)."""
+    if getattr(convolution, "transposed", False):  # (in, out / groups, kh, kw)
+        mean = weight.unflatten(0, (convolution.groups, -1)).mean(dim=(1, 3, 4))
+    else:
+        mean = weight.mean(dim=(1, 2, 3))
+    return mean.reshape(convolution.out_channels, 1, 1, 1)
+
+
 def can_be_centralized(convolution: nn.Module) -> bool:
     """Whether a filter has more than one element; that of a depthwise 1x1 convolution would become 0."""
     return convolution.weight.numel() > convolution.out_channels
@@ -100,6 +111,8 @@ class CentralizedKernel:
         kernel_mean: m₀, shape (out_channels, 1, 1, 1): the mean that each centralized filter keeps. It is 0
             unless the weights were imported from a network whose kernels were not centralized.
     """
+
+    kernel_mean: torch.Tensor
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -124,9 +137,17 @@ class CentralizedKernel:
         return view.forward(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        """A file without m₀ is one of centralized kernels."""
-        if prefix + "weight" in state_dict:
-            state_dict.setdefault(prefix + "kernel_mean", torch.zeros_like(self.kernel_mean))
+        """
+        A file without m₀ is one of centralized kernels, or of BN, whose function a MABN of this convolution
+        then takes over.
+        """
+        weight, norm = state_dict.get(prefix + "weight"), getattr(self, "norm", None)
+        if weight is not None and prefix + "kernel_mean" not in state_dict:
+            mean = torch.zeros_like(self.kernel_mean)
+            is_bn = isinstance(norm, MABN2d) and take_over_state(norm, state_dict, f"{prefix}norm.")
+            if is_bn and self.centralized and weight.shape == self.weight.shape:
+                mean = kernel_mean(self, weight)
+            state_dict[prefix + "kernel_mean"] = mean
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -6,6 +6,8 @@ ICLR 2020, https://arxiv.org/abs/2001.06838
 Authors' release: https://github.com/megvii-model/MABN
 """
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -248,6 +250,12 @@ class MABN2d(Norm2d):
                 state_dict[f"{prefix}{ours}.values"] = values
                 state_dict[f"{prefix}{ours}.count"] = count.clone()
         is_ours = prefix + "psi.count" in state_dict
+        mean = state_dict.get(prefix + "running_mean")
+        if not is_ours and mean is not None and mean.any():
+            warnings.warn(
+                "Weights of BN are loaded into MABN as they are, and are another function there: which "
+                "convolution feeds it is not told. mabn_d2.from_bn keeps the function", stacklevel=2,
+            )  # fmt: skip
         if prefix + "running_var" in state_dict and not (
             is_ours and prefix + "running_mean" in state_dict
         ):

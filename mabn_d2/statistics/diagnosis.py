@@ -15,10 +15,10 @@ from torch import nn
 
 from ..layers import MABN2d
 from ..layers.norm import in_backward
+from ..layers.steady_state import start_in_steady_state
 from ..ops import affine_map, channel_mean_var, gradient_sums
 from ..training.population import gathers_statistics, population_statistics
 from ..training.recording import no_recording
-from ..training.steady_state import start_in_steady_state
 from .moments import clipped_share, moving_average_and_r
 from .recorder import is_norm
 

@@ -1,19 +1,11 @@
-"""BN's function in a norm of this package, exactly."""
+"""BN's function in a norm of this package with the convolution in front of it, exactly."""
 
 import torch
 from torch import nn
 
 from ..layers import CentralizedKernel
-from ..training.steady_state import start_in_steady_state
-
-
-def kernel_mean(convolution: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """The mean of each filter of a kernel for a convolution, shape (out_channels, 1, 1, 1)."""
-    if getattr(convolution, "transposed", False):  # (in, out / groups, kh, kw)
-        mean = weight.unflatten(0, (convolution.groups, -1)).mean(dim=(1, 3, 4))
-    else:
-        mean = weight.mean(dim=(1, 2, 3))
-    return mean.reshape(convolution.out_channels, 1, 1, 1)
+from ..layers.centralized_conv import kernel_mean
+from ..layers.importing import take_over_batch_norm
 
 
 @torch.no_grad()
@@ -23,7 +15,6 @@ def keep_kernel_mean(convolution: nn.Module) -> None:
         convolution.kernel_mean.copy_(kernel_mean(convolution, convolution.weight))
 
 
-@torch.no_grad()
 def import_batch_norm(
     norm: nn.Module,
     convolution: nn.Module | None,
@@ -53,26 +44,6 @@ def import_batch_norm(
     Raises:
         ValueError: the function has a division by 0, or the norm has no γ and β and needs them.
     """
-    var = var.double() + eps
-    weight = torch.ones_like(var) if weight is None else weight.double()
-    bias = torch.zeros_like(var) if bias is None else bias.double()
-    is_dead = weight == 0
-    if ((var <= 0) & ~is_dead).any():
-        raise ValueError(
-            "The norm to import divides by 0: running_var + eps of a channel is not positive"
-        )
-    own_var = (var - norm.eps).clamp(min=torch.finfo(norm.running_var.dtype).tiny)
-    factor = ((own_var + norm.eps) / var).sqrt()
-    weight = torch.where(
-        is_dead, 0.0, torch.where(var - norm.eps == own_var, weight, weight * factor)
-    )
-    if norm.weight is not None:
-        norm.weight.copy_(weight)
-        norm.bias.copy_(bias)
-    elif not (weight == 1).all() or bias.any():
-        raise ValueError(f"{type(norm).__name__} without affine parameters cannot take up γ and β")
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(own_var)
-    start_in_steady_state(norm)
+    take_over_batch_norm(norm, weight, bias, mean, var, eps)
     if convolution is not None:
         keep_kernel_mean(convolution)

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from ..layers import BRN2d, CentralizedKernel, MABN2d, MBN2d, centralize_kernel
+from ..layers.centralized_conv import kernel_mean
+from ..layers.importing import EPS, is_affine, is_of_mabn
 from ..training.population import input_moments
-from .importing import import_batch_norm, kernel_mean
+from .importing import import_batch_norm
 from .sites import NormSite, are_levels, find_norm_sites, num_channels
-
-EPS = 1e-5  # of BN in Detectron2 and torchvision, whose files do not hold it
 
 
 class Imported(NamedTuple):
@@ -186,13 +186,13 @@ def _read(
     weight, bias = vector(f"{name}.weight"), vector(f"{name}.bias")
     mean, var = of_levels("running_mean"), of_levels("running_var")
     if var is not None:
-        is_mabn = f"{first}.psi.count" in state_dict or f"{first}.iters" in state_dict
+        is_mabn = is_of_mabn(state_dict, f"{first}.")
         if mean is None and not is_mabn:
             return None
         if _is_its_own(norm, state_dict, first, is_mabn):
             return None
         mean = torch.zeros_like(var) if mean is None else mean
-        if not is_mabn and not mean.any() and (var == 1 - EPS).all() | (var == 1).all():
+        if not is_mabn and is_affine(mean, var):
             scale = (var[0].double() + eps).rsqrt()
             return affine(scale if weight is None else weight.double() * scale, bias)
         return _Source(weight, bias, mean, var, eps, centralized=is_mabn)
@@ -268,22 +268,21 @@ def measure_statistics(model: nn.Module, names: Collection[str], batches: Iterab
     Gives norms the statistics of their input in training, and γ and β such that no output changes.
 
     All norms of the model are in evaluation for it. Where PyTorch's process group is initialized, the
-    statistics are those of the batches of all workers.
+    statistics are those of the batches of all workers. Norms of feature levels that share γ and β all get the
+    moments of the levels together, each level counting the same.
 
     Args:
         model: called with each batch in training mode.
-        names: of norms that evaluate to BN's formula.
+        names: of norms that evaluate to BN's formula, or of lists of them, one per feature level.
         batches: what the model takes.
 
     Returns:
-        names of the norms that saw nothing, or that share γ and β: they stay what they were.
+        names of the norms that saw nothing, or that have no γ and β: they stay what they were.
     """
     norms = {name: model.get_submodule(name) for name in names}
-    single = {
-        name: norm
-        for name, norm in norms.items()
-        if has_statistics(norm) and norm.weight is not None
-    }
+    left = [name for name, norm in norms.items() if getattr(norm, "weight", None) is None]
+    levels = {name: _levels(name, norm) for name, norm in norms.items() if name not in left}
+    single = {name: level for group in levels.values() for name, level in group.items()}
     modes = {module: module.training for module in model.modules()}
     model.train()
     for module in modes:
@@ -296,11 +295,20 @@ def measure_statistics(model: nn.Module, names: Collection[str], batches: Iterab
     finally:
         for module, mode in modes.items():
             module.training = mode
-    for name, (mean, var) in moments.items():
-        norm = single[name]
+    for name, group in levels.items():
+        seen = [moments[level] for level in group if level in moments]
+        if not seen:
+            left.append(name)
+            continue
+        norm, first = norms[name], next(iter(group.values()))  # the levels have one function as yet
+        means, variances = map(torch.stack, zip(*seen))
+        mean = means.mean(0)
+        var = (variances + (means - mean).square()).mean(0)
         # About another mean μ and variance σ², γ and β are
-        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-        weight = scale * (var + norm.eps).sqrt()
-        bias = norm.bias.double() + scale * (mean - norm.running_mean)
-        import_batch_norm(norm, None, weight, bias, mean, var, norm.eps)
-    return [name for name in norms if name not in moments]
+        scale = norm.weight.double() / (first.running_var.double() + first.eps).sqrt()
+        weight = scale * (var + first.eps).sqrt()
+        bias = norm.bias.double() + scale * (mean - first.running_mean)
+        moments_of_all = mean.expand(len(group), -1), var.expand(len(group), -1)
+        entries = _norm_entries(name, norm, _Source(weight, bias, *moments_of_all, first.eps))
+        norm.load_state_dict({key[len(name) + 1 :]: value for key, value in entries.items()})
+    return left

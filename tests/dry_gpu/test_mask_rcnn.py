@@ -54,7 +54,7 @@ def test_mask_rcnn_trains_and_evaluates_and_no_step_of_ours_waits(
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
     norm, *lag = norm.split(", LAG ")
     options = {f"MODEL.{key}.NORM": norm for key in NORM_KEYS} | {
-        **{"MODEL.MABN.LAG": value for value in lag},
+        "MODEL.MABN.LAG": int(lag[0]) if lag else 0,
         "INPUT.MIN_SIZE_TRAIN": (SIZE,),
         "INPUT.MAX_SIZE_TRAIN": SIZE,
         "INPUT.MIN_SIZE_TEST": SIZE,

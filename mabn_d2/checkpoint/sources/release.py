@@ -7,6 +7,7 @@ import torch
 
 from ...layers import MABN2d
 from ..norms import norm_of
+from .detector import heads_config, move_background_last
 from .resnet import is_resnet, resnet_config, resnet_name
 from .weights import (
     FOREIGN_NORM_NOTE,
@@ -139,23 +140,6 @@ def _convert_release_norms(state_dict: StateDict, path: str) -> StateDict:
     return state_dict
 
 
-def _move_background_last(state_dict: StateDict) -> None:
-    """
-    The class order of maskrcnn-benchmark -> that of Detectron2, in place.
-
-    Of `1 + K` classes the background is the first there, in scores, boxes and masks. Detectron2
-    has it last in the scores and nowhere else. Class-agnostic boxes are those of "class" 1 of 2.
-    """
-    box, mask = "roi_heads.box_predictor.", "roi_heads.mask_head.predictor."
-    for tensor in ("weight", "bias"):
-        scores = state_dict.get(f"{box}cls_score.{tensor}")
-        if scores is not None:
-            state_dict[f"{box}cls_score.{tensor}"] = scores.roll(-1, 0)
-        for name, per_class in ((f"{box}bbox_pred.{tensor}", 4), (mask + tensor, 1)):
-            if name in state_dict:
-                state_dict[name] = state_dict[name][per_class:].clone()
-
-
 def convert_release(checkpoint: dict[str, Any], path: str) -> Weights:
     """
     Weights of the authors' release: a detector's checkpoint, or a classifier's as the backbone.
@@ -199,7 +183,7 @@ def _release_detector(state_dict: StateDict, others: list[str], path: str) -> We
     check_all_known(
         [key for key in unknown if not _NOT_TAKEN.fullmatch(key)], path, _SOURCE, _ACCEPTED
     )
-    _move_background_last(state_dict)
+    move_background_last(state_dict)
     weights = Weights(state_dict, "MABN release", False, others + unknown, {}, [])
     norm = weights.norm
     body = "backbone.bottom_up."
@@ -210,7 +194,7 @@ def _release_detector(state_dict: StateDict, others: list[str], path: str) -> We
             norm, stride_in_1x1=True,
         ),
         pixels("BGR", [102.9801, 115.9465, 122.7717], [1.0, 1.0, 1.0]),
-        {"MODEL": _heads_config(state_dict)},
+        {"MODEL": heads_config(state_dict)},
     )  # fmt: skip
     weights.notes.append(
         "maskrcnn-benchmark counts a box's last pixel in its width (TO_REMOVE = 1), rounds its "
@@ -220,34 +204,3 @@ def _release_detector(state_dict: StateDict, others: list[str], path: str) -> We
     if norm == "BN":
         weights.notes.append(FOREIGN_NORM_NOTE)
     return weights
-
-
-def _heads_config(state_dict: StateDict) -> dict[str, Any]:
-    """Options of what follows a detector's backbone."""
-
-    def norm(prefix: str) -> str:
-        keys = [key for key in state_dict if key.startswith(prefix) and ".norm." in key]
-        return "MABN" if any("psi" in key for key in keys) else "BN" if keys else ""
-
-    def count(pattern: str) -> int:
-        return sum(re.fullmatch(pattern, key) is not None for key in state_dict)
-
-    box, mask = "roi_heads.box_head.", "roi_heads.mask_head."
-    pooler = {"POOLER_TYPE": "ROIAlign", "POOLER_SAMPLING_RATIO": 2}
-    options = {
-        "FPN": {"NORM": norm("backbone.fpn_")},
-        "ANCHOR_GENERATOR": {"OFFSET": 0.5},
-        "ROI_BOX_HEAD": {
-            "NORM": norm(box),
-            "NUM_CONV": count(re.escape(box) + r"conv\d+\.weight"),
-            "NUM_FC": count(re.escape(box) + r"fc\d+\.weight"),
-            **pooler,
-        },
-    }
-    if "roi_heads.box_predictor.cls_score.weight" in state_dict:
-        classes = len(state_dict["roi_heads.box_predictor.cls_score.weight"]) - 1
-        options["ROI_HEADS"] = {"NUM_CLASSES": classes}
-    if count(re.escape(mask) + ".+"):
-        convolutions = count(re.escape(mask) + r"mask_fcn\d+\.weight")
-        options["ROI_MASK_HEAD"] = {"NORM": norm(mask), "NUM_CONV": convolutions, **pooler}
-    return {**options, "MASK_ON": "ROI_MASK_HEAD" in options}

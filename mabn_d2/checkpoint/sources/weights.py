@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ...layers.importing import EPS
 from ..norms import norm_of
 
 StateDict = dict[str, torch.Tensor]
 FOREIGN_NORM_NOTE = (
     "These weights were trained with BN. In a model with MABN the trainers of this package keep their "
-    "function (MODEL.WEIGHTS_IMPORT exact). Other scripts load them as they are, which is another function: "
-    "convert with --norm MABN for those."
+    "function (MODEL.WEIGHTS_IMPORT exact). Other scripts do where the file has BN's statistics, and load the "
+    "rest as it is, which is another function."
 )
 
 
@@ -28,6 +29,7 @@ class Weights(NamedTuple):
         left_over: names of the source file that were not taken.
         config: nested options of a Detectron2 config that go with the weights.
         notes: sentences that the user should read.
+        eps: ε of its norms that have statistics.
     """
 
     state_dict: StateDict
@@ -36,6 +38,7 @@ class Weights(NamedTuple):
     left_over: list[str]
     config: dict[str, Any]
     notes: list[str]
+    eps: float = EPS
 
     @property
     def norm(self) -> str:

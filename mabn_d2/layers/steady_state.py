@@ -3,7 +3,9 @@
 import torch
 from torch import nn
 
-from ..layers import BRN2d, MABN2d, MBN2d
+from .brn import BRN2d
+from .mabn import MABN2d
+from .mbn import MBN2d
 
 
 @torch.no_grad()
