@@ -26,7 +26,7 @@ def execute(folder: str | Path) -> None:
     """Runs the commands, and writes how it went and how many seconds it took, those of earlier calls included."""
     folder = Path(folder)
     job = json.loads((folder / "job.json").read_text())
-    log, clock = folder / "log.txt", _Clock(folder / "seconds")
+    log, clock = folder / "output.txt", _Clock(folder / "seconds")
     error = ""
     for command in job["commands"]:
         if command["creates"] and os.path.exists(command["creates"]):

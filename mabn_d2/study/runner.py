@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..utils.files import atomic_write
 from ..utils.results import Results
 from . import job
+from .measure import measure
 from .plan import TOOLS, Plan, Run, candidates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +94,17 @@ def remaining_seconds(plan: Plan, rows: dict[str, dict[str, str]], jobs: int) ->
     return total / jobs
 
 
+def outdated(plan: Plan, rows: dict[str, dict[str, str]]) -> list[str]:
+    """The runs whose row is of another version of the plan."""
+    return [
+        run.id
+        for run in plan.runs
+        if run.id in rows
+        and rows[run.id]["command"]
+        != run.command(float(lr) if (lr := rows[run.id]["lr"]) else None)
+    ]
+
+
 def progress(plan: Plan, run: Run) -> int:
     """The last iteration that a run has logged."""
     with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
@@ -119,7 +131,7 @@ def only_runner(plan: Plan) -> Iterator[int]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"runs of {plan.file} are under way: {plan.output}/lock is held"
+                f"{plan.output}/lock is held: a runner of {plan.file} is at work, or runs that have outlived it"
             ) from None
         yield lock.fileno()
 
@@ -322,13 +334,14 @@ class Runner:
             if free < min(run.slots, self.jobs):
                 break  # in the order of the plan: no smaller one goes first
             try:
-                if not self._is_ready(run):
-                    continue
-                if not self._copy(run):
-                    self._start(run)
-                started = True
+                ready = self._is_ready(run)
             except ValueError as error:
                 self._record(run, {"error": str(error), "date": str(datetime.date.today())})
+                started = True
+                continue
+            if ready:
+                if not self._copy(run):
+                    self._start(run)
                 started = True
         return started
 
@@ -371,24 +384,23 @@ class Runner:
                 origin = before
             else:
                 shutil.rmtree(folder)
+        if (folder / "done.json").exists():  # a runner was ended before it wrote the row
+            return self._finish(run)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "done.json").unlink(missing_ok=True)
         _write_json(folder / "origin.json", origin)
         code = checkout(self.plan, origin["commit"])
-        threads = {} if "CUDA_VISIBLE_DEVICES" in os.environ else {"OMP_NUM_THREADS": "1"}
+        paths = [str(code), *filter(None, [os.getenv("PYTHONPATH")])]
         environment = {
-            **threads, "PYTHONPATH": str(code), "DETECTRON2_DATASETS": self.datasets,
+            "OMP_NUM_THREADS": os.getenv("OMP_NUM_THREADS", "1"),
+            "PYTHONPATH": os.pathsep.join(paths),
+            "DETECTRON2_DATASETS": self.datasets,
             # Else memory goes back to the system after each step and is asked for again in the next.
-            "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000",
-        }  # fmt: skip
-        _write_json(
-            folder / "job.json",
-            {
-                "commands": self._commands(run, folder),
-                "folder": str(code),
-                "environment": environment,
-            },
-        )
+            "MALLOC_MMAP_MAX_": "0",
+            "MALLOC_TRIM_THRESHOLD_": "20000000000",
+        }
+        commands = self._commands(run, folder)
+        task = {"commands": commands, "folder": str(code), "environment": environment}
+        _write_json(folder / "job.json", task)
         chosen = f", LR {lr:g} (best of {run.lr_block})" if run.lr_block else ""
         self.bar.write(f"{run.id}: starts{chosen}")
         self.running[run.id] = run, self.launcher.start(folder)
@@ -399,11 +411,6 @@ class Runner:
         if weights and not run.weights_file:
             trained = self.rows[weights]["copy_of"] or weights
             weights = str(self.plan.output.resolve() / "runs" / trained / "model_final.pth")
-        if run.convert:
-            converted = str(folder / "weights.pth")
-            convert = ["tools/convert_weights.py", weights, converted, *run.convert]
-            commands.append({"arguments": [sys.executable, *convert], "creates": converted})
-            weights = converted
         start = tool.options({tool.weights: weights}) if weights else []
         if weights and tool is TOOLS["train_net"]:
             result = str(folder / "at_start.json")
@@ -424,19 +431,16 @@ class Runner:
                 self._finish(run)
 
     def _finish(self, run: Run) -> None:
-        from .measure import measure
-
         folder = folder_of(self.plan, run)
         row: dict[str, Any] = {"error": "its process ended without a result"}
         with contextlib.suppress(OSError):
             row = json.loads((folder / "done.json").read_text())
         curve: list[dict[str, Any]] = []
-        if not row["error"]:
-            try:
-                values, curve = measure(run, folder)
-                row |= values
-            except (ValueError, KeyError, OSError) as error:
-                row["error"] = f"its results cannot be read: {error}"
+        try:
+            values, curve = measure(run, folder)
+            row = {**values, **row}
+        except (ValueError, KeyError, OSError) as error:
+            row["error"] = row["error"] or f"its results cannot be read: {error}"
         row["commit"] = json.loads((folder / "origin.json").read_text())["commit"]
         self._record(run, row, curve)
         if not row["error"]:
