@@ -94,20 +94,20 @@ def block(**changes):
 def test_runs_are_the_grid_of_each_block_in_the_order_of_the_plan(write_plan):
     assert [run.id for run in write_plan().runs] == [
         "lr/looks-P1-BN-lr0.01-s1",
-        "lr/looks-P1-BN-lr0.02-s1",
         "lr/looks-P1-MABN-lr0.01-s1",
+        "lr/looks-P1-BN-lr0.02-s1",
         "lr/looks-P1-MABN-lr0.02-s1",
         "main/looks-P1-BN-s1",
-        "main/looks-P1-BN-s2",
         "main/looks-P1-MABN-s1",
-        "main/looks-P1-MABN-s2",
         "main/looks-P1-buffer_4-s1",
+        "main/looks-P1-BN-s2",
+        "main/looks-P1-MABN-s2",
         "main/looks-P1-buffer_4-s2",
     ]
 
 
 def test_the_command_of_a_detector_has_all_that_the_plan_says(write_plan):
-    run = write_plan().block("main").runs[4]
+    run = write_plan().block("main").runs[2]
     assert run.arguments(0.02) == [
         "--config-file", str(INSTANT), "MODEL.RESNETS.NORM", "MABN", "MODEL.FPN.NORM", "MABN",
         "SOLVER.IMS_PER_BATCH", "2", "DATASETS.TRAIN", '["shapes_train"]', "MODEL.MABN.BUFFER_SIZE", "4",
@@ -247,23 +247,23 @@ def test_the_best_learning_rate_is_that_of_the_same_norms_best_mean(write_plan):
     blocks = plan_of(Path())["blocks"]
     blocks["lr"] = {**blocks["lr"], "seeds": [1, 2]}
     plan = write_plan(blocks=blocks)
-    low1, low2, high1, high2 = (run for run in plan.block("lr").runs if run.norm == "MABN")
+    low1, high1, low2, high2 = (run for run in plan.block("lr").runs if run.norm == "MABN")
     results = {}
-    for run, value in [(low1, 30.0), (low2, 10.0), (high1, 19.0)]:
+    for run, value in [(low1, 30.0), (high1, 19.0), (low2, 10.0)]:
         results[run.id] = row(run, value)
-        assert runner.chosen_lr(plan, plan.block("main").runs[2], results) is None
+        assert runner.chosen_lr(plan, plan.block("main").runs[1], results) is None
     results[high2.id] = row(high2, 22.0)  # means 20 and 20.5
-    for run in plan.block("main").runs[2:]:  # buffer 4 takes MABN's
+    for run in plan.block("main").runs[1:3]:  # buffer 4 takes MABN's
         assert runner.chosen_lr(plan, run, results) == 0.02
     results[high2.id] = row(high2, 21.0)
     assert (
-        runner.chosen_lr(plan, plan.block("main").runs[2], results) == 0.01
+        runner.chosen_lr(plan, plan.block("main").runs[1], results) == 0.01
     )  # of equals the lower
     results[low1.id] = row(low1, error="Loss became infinite")
-    assert runner.chosen_lr(plan, plan.block("main").runs[2], results) == 0.02
+    assert runner.chosen_lr(plan, plan.block("main").runs[1], results) == 0.02
     results[high1.id] = row(high1, error="Loss became infinite")
     with pytest.raises(ValueError, match="no run of block lr has succeeded with MABN"):
-        runner.chosen_lr(plan, plan.block("main").runs[2], results)
+        runner.chosen_lr(plan, plan.block("main").runs[1], results)
 
 
 def test_the_best_learning_rate_of_a_classifier_has_the_lowest_error(write_plan):
@@ -363,7 +363,7 @@ def test_a_run_whose_command_another_one_had_is_not_repeated(write_plan, start):
     # LR 0.02 is the best, and seed 1 has been run with it.
     assert launcher.names == [
         *(run.id for run in study.plan.block("lr").runs),
-        "main/looks-P1-BN-s2", "main/looks-P1-MABN-s2", "main/looks-P1-buffer_4-s1", "main/looks-P1-buffer_4-s2",
+        "main/looks-P1-buffer_4-s1", "main/looks-P1-BN-s2", "main/looks-P1-MABN-s2", "main/looks-P1-buffer_4-s2",
     ]  # fmt: skip
     assert study.rows["main/looks-P1-BN-s1"]["copy_of"] == "lr/looks-P1-BN-lr0.02-s1"
     assert study.rows["main/looks-P1-BN-s1"]["box_ap"] == "20"
@@ -418,7 +418,7 @@ def test_a_run_that_starts_from_a_copy_takes_the_weights_of_the_original(write_p
     launcher = Pretended()
     start(plan, launcher)
     first, train = json.loads((launcher.started[-1] / "job.json").read_text())["commands"]
-    source = str(runner.folder_of(plan, plan.runs[1]) / "model_final.pth")  # lr/..., LR 0.02
+    source = str(runner.folder_of(plan, plan.block("lr").runs[2]) / "model_final.pth")
     for command in (first, train):
         arguments = command["arguments"]
         assert arguments[arguments.index("MODEL.WEIGHTS") + 1] == source
@@ -427,7 +427,7 @@ def test_a_run_that_starts_from_a_copy_takes_the_weights_of_the_original(write_p
 
 
 def test_a_run_counts_as_its_slots_and_no_later_one_goes_first(write_plan, start):
-    blocks = {"a": block(norms=["BN", "MABN"], protocols=["P1", "P2"], lr=0.01, seeds=[1])}
+    blocks = {"a": block(norms=["BN", "MABN"], protocols=["P1", "P2"])}
     plan = write_plan(blocks=blocks)
     launcher = Pretended(at_once=False)
     monitor = runner.Runner(plan, launcher, 3)
@@ -515,11 +515,10 @@ def test_a_second_runner_is_refused_as_long_as_runs_of_the_first_are_there(write
 
 def test_what_is_left_is_estimated_from_runs_that_are_alike(write_plan):
     plan = write_plan()
-    bn, *_ = plan.block("lr").runs
+    bn, mabn, *_ = plan.block("lr").runs
     assert runner.remaining_seconds(plan, {}, 1) is None
     results = {bn.id: row(bn, 1.0, seconds="100")}
     assert runner.remaining_seconds(plan, results, 2) == 9 * 100 / 2
-    mabn = plan.block("lr").runs[2]
     results[mabn.id] = row(mabn, 1.0, seconds="300")
     # BN: 1 + 2 left. MABN: 1 + 2. Its other name "buffer 4" is like both.
     assert runner.remaining_seconds(plan, results, 1) == 3 * 100 + 3 * 300 + 2 * 200
@@ -763,7 +762,7 @@ def test_a_table_names_what_is_not_run_and_what_has_failed(write_plan):
     plan = write_plan()
     main = plan.block("main")
     rows = results(plan, {("BN", 1): 10, ("BN", 2): 14, ("MABN", 1): 20})
-    failed = main.runs[5]
+    failed = main.runs[5]  # of buffer 4
     rows[failed.id] = row(failed, error="NaN", lr=0.01)
     assert tables.block_table(main, rows).splitlines() == [
         "| box AP / mask AP | looks, P1                       |",
@@ -809,7 +808,7 @@ def test_each_figure_is_drawn(filled, kind, tmp_path, monkeypatch):
     if kind == "norm_batch":
         assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["2", "16"]
     if kind == "curves":
-        line = figure.axes[0].get_lines()[1]  # MABN with P1: runs 2 and 3
+        line = figure.axes[0].get_lines()[1]  # MABN with P1: runs 1 and 4
         assert list(line.get_xdata()) == [0, 5, 10] and list(line.get_ydata()) == [0, 12.5, 25]
     drawn.clear()
     figures.FIGURES[kind](plan, plan.block("main"), {}, {}, tmp_path / "a.png")
@@ -836,7 +835,7 @@ def test_the_document_keeps_what_is_written_by_hand_and_renews_the_rest(filled):
     document.write_document(plan, rows, curves)
     text = plan.document.read_text()
     assert "## What was found\n\nBN is worse." in text and text.endswith("The end.\n")
-    assert "0.5 ± 0.5" in text and "12 of 12 runs" in text and "old" not in text
+    assert "1.5 ± 1.5" in text and "12 of 12 runs" in text and "old" not in text
     assert "![curves: main](images/study_main_curves.png)" in text
     assert (plan.images / "study_main_curves.png").stat().st_size > 5000
     before = text
@@ -859,7 +858,7 @@ def test_a_study_that_is_interrupted_goes_on_where_it_was(tmp_path):
     options = {
         "TEST.EVAL_PERIOD": 6,
         "SOLVER.CHECKPOINT_PERIOD": 2,
-        "DATASETS.TEST": ["shapes_val"],
+        "DATASETS.TEST": ["shapes_val", "shapes_train"],
     }
     shapes = {"tool": "train_net", "config": str(INSTANT), "norm": NORM_KEYS, "options": options}
     weights = {"run": "main/P1-BN-lr0.01-s1", "import": "exact"}
@@ -897,6 +896,11 @@ def test_a_study_that_is_interrupted_goes_on_where_it_was(tmp_path):
     trained, tuned = runner.open_results(plan)[0].rows
     assert trained["error"] == tuned["error"] == "" and trained["iterations"] == "24"
     assert tuned["weights"] == trained["run"] and tuned["ap_at_start"] == trained["box_ap"]
+    # The second data set has not overwritten what the first one's measures come from.
+    assert trained["found"] and trained["other_aps"].startswith("shapes_train=")
+    detections = folder / "inference" / "coco_instances_results.json"
+    assert len({found["image_id"] for found in json.loads(detections.read_text())}) <= 2
+    assert (folder / "inference" / "shapes_train" / detections.name).exists()
     shown = subprocess.run([*command, "table", "main"], **options).stdout
     assert "## main" in shown and "not run" not in shown
     shutil.rmtree(tmp_path / "out")
