@@ -533,6 +533,32 @@ def test_rows_of_another_version_of_the_plan_are_noticed(write_plan, start):
     assert runner.outdated(plan, study.rows) == [run.id for run in plan.block("main").runs]
 
 
+def test_pausing_stops_a_runs_process_and_what_it_has_started(tmp_path):
+    """With a real launcher."""
+    count = tmp_path / "count"
+    script = f"import time\nfor i in range(40): open({str(count)!r}, 'w').write(str(i)); time.sleep(0.05)"
+    commands = [{"arguments": [sys.executable, "-c", script], "creates": ""}]
+    content = {"commands": commands, "folder": str(tmp_path), "environment": {}}
+    (tmp_path / "job.json").write_text(json.dumps(content))
+    with open(tmp_path / "lock", "w") as lock:
+        launcher = runner.Local(lock.fileno())
+        process = launcher.start(tmp_path)
+        while not count.exists():
+            time.sleep(0.01)
+        launcher.signal(process, signal.SIGSTOP)
+        time.sleep(0.3)  # until it has
+        stopped = count.read_text()
+        time.sleep(0.5)
+        assert count.read_text() == stopped and not launcher.is_done(process)
+        launcher.signal(process, signal.SIGCONT)
+        process.wait(60)
+        assert count.read_text() == "39" and launcher.is_done(process)
+        launcher.signal(process, signal.SIGSTOP)  # one that has ended is no error
+        process = launcher.start(tmp_path)
+        launcher.stop(process)
+        assert process.returncode == -signal.SIGKILL
+
+
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     root = tmp_path / "repository"
