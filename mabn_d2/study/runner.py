@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..utils.command_line import one_line
 from ..utils.files import atomic_write
 from ..utils.results import Results
 from . import job
@@ -70,28 +71,32 @@ def chosen_lr(plan: Plan, run: Run, rows: dict[str, dict[str, str]]) -> float | 
     return max(means, key=means.__getitem__)
 
 
-def remaining_seconds(plan: Plan, rows: dict[str, dict[str, str]], jobs: int) -> float | None:
-    """An estimate from runs that resemble the missing ones; None without any."""
+def remaining(
+    plan: Plan, rows: dict[str, dict[str, str]], jobs: int, runs: Iterable[Run] | None = None
+) -> str:
+    """An estimate of the time from runs that resemble the missing ones, of all runs by default."""
     known: dict[tuple, list[float]] = {}
 
     def kinds(run: Run) -> list[tuple]:
-        return [
-            (run.task, run.images, run.workers, run.norm), (run.task, run.images, run.workers), (run.task,)
-        ]  # fmt: skip
+        kind = run.task, run.images, run.workers
+        return [(*kind, run.norm), kind]
 
     for run in plan.runs:
         row = rows.get(run.id)
         if row and not row["error"] and not row["copy_of"]:
             for kind in kinds(run):
                 known.setdefault(kind, []).append(float(row["seconds"]))
-    total = 0.0
-    for run in plan.runs:
+    total, unknown = 0.0, 0
+    for run in plan.runs if runs is None else runs:
         if run.id not in rows:
             similar = next((known[kind] for kind in kinds(run) if kind in known), None)
             if similar is None:
-                return None
-            total += statistics.fmean(similar) * min(run.slots, jobs)
-    return total / jobs
+                unknown += 1
+            else:
+                left = statistics.fmean(similar) - job.seconds_of(folder_of(plan, run))
+                total += max(0.0, left) * min(run.slots, jobs)
+    others = f" and {unknown} runs of unknown length" if unknown else ""
+    return f"{hours(total / jobs)}{others}"
 
 
 def outdated(plan: Plan, rows: dict[str, dict[str, str]]) -> list[str]:
@@ -439,8 +444,8 @@ class Runner:
         try:
             values, curve = measure(run, folder)
             row = {**values, **row}
-        except (ValueError, KeyError, OSError) as error:
-            row["error"] = row["error"] or f"its results cannot be read: {error}"
+        except Exception as error:  # whatever is wrong with one run's files, the others go on
+            row["error"] = row["error"] or f"its results cannot be read: {one_line(error)}"
         row["commit"] = json.loads((folder / "origin.json").read_text())["commit"]
         self._record(run, row, curve)
         if not row["error"]:
@@ -474,9 +479,9 @@ class Runner:
                 self.launcher.signal(handle, signal.SIGSTOP if wanted else signal.SIGCONT)
 
     def _write_status(self) -> None:
-        left = remaining_seconds(self.plan, self.rows, self.jobs)
+        left = remaining(self.plan, self.rows, self.jobs, self.todo)
         self.bar.set_postfix_str(
-            f"{len(self.running)} running, left: {hours(left)}", refresh=False
+            f"{len(self.running)} running, left: {left}", refresh=False
         )  # fmt: skip
         status = {"jobs": self.jobs, "running": list(self.running)}
         if status != getattr(self, "_status", None):
@@ -484,9 +489,7 @@ class Runner:
             _write_json(self.plan.output / "running.json", status)
 
 
-def hours(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
+def hours(seconds: float) -> str:
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
 
 
