@@ -439,18 +439,17 @@ def test_a_run_that_starts_from_a_copy_takes_the_weights_of_the_original(write_p
 
 
 def test_a_run_counts_as_its_slots_and_no_later_one_goes_first(write_plan, start):
-    blocks = {"a": block(norms=["BN", "MABN"], protocols=["P1", "P2"])}
-    plan = write_plan(blocks=blocks)
+    blocks = {"a": block(norms=["BN", "MABN"], protocols=["P2", "P1"])}
     launcher = Pretended(at_once=False)
-    monitor = runner.Runner(plan, launcher, 3)
-    monitor.bar = runner.tqdm(disable=True)
-    monitor._start_next()
-    assert launcher.names == ["a/P1-BN-lr0.01-s1", "a/P1-MABN-lr0.01-s1"]  # the next one needs two
+    study = runner.Runner(write_plan(blocks=blocks), launcher, 3)
+    study.bar = runner.tqdm(disable=True)
+    study._start_next()
+    assert launcher.names == ["a/P2-BN-lr0.01-s1"]  # the next one needs two, those after it one
     launcher.at_once = True
-    monitor._collect()
+    study._collect()
     launcher.at_once = False
-    monitor._start_next()
-    assert launcher.names[2:] == ["a/P2-BN-lr0.01-s1"]
+    study._start_next()
+    assert launcher.names[1:] == ["a/P2-MABN-lr0.01-s1", "a/P1-BN-lr0.01-s1"]
     launcher = Pretended()
     start(write_plan(blocks={"b": block(protocols="P2")}), launcher, jobs=1)
     assert launcher.names == ["b/P2-BN-lr0.01-s1"]  # even if there are never so many
