@@ -451,8 +451,8 @@ def test_a_run_counts_as_its_slots_and_no_later_one_goes_first(write_plan, start
     study._start_next()
     assert launcher.names[1:] == ["a/P2-MABN-lr0.01-s1", "a/P1-BN-lr0.01-s1"]
     launcher = Pretended()
-    start(write_plan(blocks={"b": block(protocols="P2")}), launcher, jobs=1)
-    assert launcher.names == ["b/P2-BN-lr0.01-s1"]  # even if there are never so many
+    start(write_plan(blocks={"b": block(protocols="P2", seeds=2)}), launcher, jobs=1)
+    assert launcher.names == ["b/P2-BN-lr0.01-s2"]  # even if there are never so many
 
 
 def test_a_paused_study_stops_its_processes_and_starts_nothing(write_plan, start):
