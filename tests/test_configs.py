@@ -25,12 +25,12 @@ from mabn_d2.plugin import DETECTRON2_NORMS, NORM_REGISTRY, check_norm_names
 from .helpers import CONFIGS
 from .helpers.models import build, build_for_inspection, random_inputs, set_keys, train_step
 
-CLASSIFICATION = ("ImageNet", "FashionMNIST")  # have tests of their own
+ELSEWHERE = ("ImageNet", "FashionMNIST", "study")  # have tests of their own
 
 
 def list_files(pattern):
     paths = [path.relative_to(CONFIGS) for path in sorted(CONFIGS.rglob(pattern))]
-    return [str(path) for path in paths if path.parts[0] not in CLASSIFICATION]
+    return [str(path) for path in paths if path.parts[0] not in ELSEWHERE]
 
 
 YAML_FILES = list_files("*.yaml")

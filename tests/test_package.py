@@ -78,8 +78,8 @@ def test_below_the_line_nothing_imports_detectron2_or_what_needs_it(room):
 # Distributions whose modules have another name.
 MODULES = {"opencv-python": "cv2", "Pillow": "PIL", "PyYAML": "yaml"}
 # Asked for where it is needed: Detectron2 itself, what only pictures are drawn with, what exported
-# models run with, and what comes with PyTorch for a GPU.
-OPTIONAL = {"detectron2", "matplotlib", "onnxruntime", "triton"}
+# models run with, what submits jobs, and what comes with PyTorch for a GPU.
+OPTIONAL = {"detectron2", "matplotlib", "onnxruntime", "submitit", "triton"}
 
 
 def declared(text, opening):

@@ -73,8 +73,10 @@ def status(plan, args):
     for name in now["running"]:
         (entry,) = (run for run in plan.runs if run.id == name)
         print(f"running: {name}, iteration {runner.progress(plan, entry)}")
+    if old := runner.outdated(plan, rows):
+        print(f"{len(old)} results are of another version of the plan: {', '.join(old[:5])} ...")
     paused = ", paused" if (plan.output / "PAUSE").exists() else ""
-    left = runner.hours(runner.remaining_seconds(plan, rows, now["jobs"]))
+    left = runner.remaining(plan, rows, now["jobs"])
     print(f"left with {now['jobs']} at a time: {left}{paused}")
 
 

@@ -29,8 +29,9 @@ def _style(plan: Plan, norm: str) -> dict:
     }
 
 
-def _axes(count: int, ylabel: str):
-    figure = new_figure(5.2 * count + 1.8, 4.2, layout="constrained")
+def _axes(count: int, ylabel: str, norms: int):
+    height = max(4.2, 0.7 + 0.21 * norms)  # of the legend
+    figure = new_figure(5.2 * count + 1.8, height, layout="constrained")
     row = list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
     row[0].set_ylabel(ylabel)
     for axes in row:
@@ -51,7 +52,7 @@ def _finish(figure, axes, picture: Path) -> None:
 def plot_curves(plan: Plan, block: Block, rows: Rows, curves: Curves, picture: Path) -> None:
     """The result over the iterations: mean over the seeds, and one standard error to either side."""
     cells, metric = Cells(block), block.tool.metrics[0]
-    figure, row = _axes(len(cells.columns), NAMES[metric])
+    figure, row = _axes(len(cells.columns), NAMES[metric], len(cells.norms))
     for axes, column in zip(row, cells.columns):
         axes.set_title(cells.heading(column))
         axes.set_xlabel("iteration")
@@ -78,9 +79,10 @@ def _band(axes, points: dict[int, Mean], label: str, style: dict) -> None:
 def plot_norm_batch(plan: Plan, block: Block, rows: Rows, _: Curves, picture: Path) -> None:
     """The result against the images that a norm takes its statistics from."""
     metric = block.tool.metrics[0]
-    figure, (axes,) = _axes(1, NAMES[metric])
+    norms = list(dict.fromkeys(run.norm for run in block.runs))
+    figure, (axes,) = _axes(1, NAMES[metric], len(norms))
     sizes = sorted({run.norm_batch for run in block.runs})
-    for norm in dict.fromkeys(run.norm for run in block.runs):
+    for norm in norms:
         points = {}
         for size in sizes:
             runs = [run for run in block.runs if (run.norm, run.norm_batch) == (norm, size)]
@@ -115,11 +117,11 @@ def _plot_parts(
     plan: Plan, block: Block, rows: Rows, picture: Path, label: str, parts: Callable
 ) -> None:
     cells = Cells(block)
-    figure, row = _axes(len(cells.columns), label)
+    figure, row = _axes(len(cells.columns), label, len(cells.norms))
     for axes, column in zip(row, cells.columns):
         axes.set_title(cells.heading(column))
         found = {norm: _parts(cells.runs(norm, column), rows, parts) for norm in cells.norms}
-        names = sorted({name for means in found.values() for name in means})
+        names = list(dict.fromkeys(name for means in found.values() for name in means))
         for number, (norm, means) in enumerate(found.items()):
             there = [i for i, name in enumerate(names) if name in means]
             if there:

@@ -26,7 +26,7 @@ def execute(folder: str | Path) -> None:
     """Runs the commands, and writes how it went and how many seconds it took, those of earlier calls included."""
     folder = Path(folder)
     job = json.loads((folder / "job.json").read_text())
-    log, clock = folder / "log.txt", _Clock(folder / "seconds")
+    log, clock = folder / "output.txt", _Clock(folder)
     error = ""
     for command in job["commands"]:
         if command["creates"] and os.path.exists(command["creates"]):
@@ -51,14 +51,19 @@ def execute(folder: str | Path) -> None:
     os.replace(folder / "done.json.new", folder / "done.json")
 
 
+def seconds_of(folder: Path) -> float:
+    """How long a run has run so far."""
+    with contextlib.suppress(OSError, ValueError):
+        return float((folder / "seconds").read_text())
+    return 0.0
+
+
 class _Clock:
     """Seconds in which a process ran. While this program is stopped, so are those that it has started."""
 
-    def __init__(self, file: Path):
-        self._file = file
-        self.seconds = 0.0
-        with contextlib.suppress(OSError, ValueError):
-            self.seconds = float(file.read_text())
+    def __init__(self, folder: Path):
+        self._file = folder / "seconds"
+        self.seconds = seconds_of(folder)
 
     def wait(self, process: subprocess.Popen) -> int:
         last = time.monotonic()

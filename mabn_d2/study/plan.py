@@ -76,7 +76,6 @@ class Run:
     lr_norm: str = ""  # ... for this norm
     weights: str = ""  # id of a run or, with `weights_file`, a file
     weights_file: bool = False
-    convert: tuple[str, ...] = ()  # arguments of tools/convert_weights.py
 
     def arguments(self, lr: float | None) -> list[str]:
         """Of the tool, without output folder and weights: what tells one training from another."""
@@ -181,7 +180,7 @@ def _plan(file: Path, content: Any) -> Plan:
         "images": "docs/images",
     }
     _check("the plan", content, {*_TABLES, *paths}, {"tasks", "norms", "protocols", "blocks"})
-    tables = {name: content.get(name) or {} for name in _TABLES}
+    tables = {name: content.get(name, {}) for name in _TABLES}
     for kind, entries in tables.items():
         _check(kind, entries)
         for name, entry in entries.items():
@@ -247,7 +246,7 @@ def _run(
         nodes["task"], nodes["norm"], nodes["protocol"], nodes["block"].get("weights") or {},
     )  # fmt: skip
     where = f"blocks.{block}.weights"
-    _check(where, weights, {"run", "file", "import", "convert"})
+    _check(where, weights, {"run", "file", "import"})
     workers = 1 if norm.get("one_process") else int(protocol.get("workers", 1))
     options: dict[str, Any] = {}
     layer = norm.get("norm", what["norm"])
@@ -273,7 +272,6 @@ def _run(
         slots=1 if workers == 1 else int(protocol.get("slots", workers)),
         lr_block=lr_block.name if lr_block else "", lr_norm=norm.get("lr_of", what["norm"]),
         weights=start.replace("{seed}", str(seed)), weights_file="file" in weights,
-        convert=tuple(weights.get("convert", ())),
     )  # fmt: skip
 
 

@@ -17,9 +17,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..utils.command_line import one_line
 from ..utils.files import atomic_write
 from ..utils.results import Results
 from . import job
+from .measure import measure
 from .plan import TOOLS, Plan, Run, candidates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,28 +71,43 @@ def chosen_lr(plan: Plan, run: Run, rows: dict[str, dict[str, str]]) -> float | 
     return max(means, key=means.__getitem__)
 
 
-def remaining_seconds(plan: Plan, rows: dict[str, dict[str, str]], jobs: int) -> float | None:
-    """An estimate from runs that resemble the missing ones; None without any."""
+def remaining(
+    plan: Plan, rows: dict[str, dict[str, str]], jobs: int, runs: Iterable[Run] | None = None
+) -> str:
+    """An estimate of the time from runs that resemble the missing ones, of all runs by default."""
     known: dict[tuple, list[float]] = {}
 
     def kinds(run: Run) -> list[tuple]:
-        return [
-            (run.task, run.images, run.workers, run.norm), (run.task, run.images, run.workers), (run.task,)
-        ]  # fmt: skip
+        kind = run.task, run.images, run.workers
+        return [(*kind, run.norm), kind]
 
     for run in plan.runs:
         row = rows.get(run.id)
         if row and not row["error"] and not row["copy_of"]:
             for kind in kinds(run):
                 known.setdefault(kind, []).append(float(row["seconds"]))
-    total = 0.0
-    for run in plan.runs:
+    total, unknown = 0.0, 0
+    for run in plan.runs if runs is None else runs:
         if run.id not in rows:
             similar = next((known[kind] for kind in kinds(run) if kind in known), None)
             if similar is None:
-                return None
-            total += statistics.fmean(similar) * min(run.slots, jobs)
-    return total / jobs
+                unknown += 1
+            else:
+                left = statistics.fmean(similar) - job.seconds_of(folder_of(plan, run))
+                total += max(0.0, left) * min(run.slots, jobs)
+    others = f" and {unknown} runs of unknown length" if unknown else ""
+    return f"{hours(total / jobs)}{others}"
+
+
+def outdated(plan: Plan, rows: dict[str, dict[str, str]]) -> list[str]:
+    """The runs whose row is of another version of the plan."""
+    return [
+        run.id
+        for run in plan.runs
+        if run.id in rows
+        and rows[run.id]["command"]
+        != run.command(float(lr) if (lr := rows[run.id]["lr"]) else None)
+    ]
 
 
 def progress(plan: Plan, run: Run) -> int:
@@ -119,7 +136,7 @@ def only_runner(plan: Plan) -> Iterator[int]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"runs of {plan.file} are under way: {plan.output}/lock is held"
+                f"{plan.output}/lock is held: a runner of {plan.file} is at work, or runs that have outlived it"
             ) from None
         yield lock.fileno()
 
@@ -322,13 +339,14 @@ class Runner:
             if free < min(run.slots, self.jobs):
                 break  # in the order of the plan: no smaller one goes first
             try:
-                if not self._is_ready(run):
-                    continue
-                if not self._copy(run):
-                    self._start(run)
-                started = True
+                ready = self._is_ready(run)
             except ValueError as error:
                 self._record(run, {"error": str(error), "date": str(datetime.date.today())})
+                started = True
+                continue
+            if ready:
+                if not self._copy(run):
+                    self._start(run)
                 started = True
         return started
 
@@ -371,24 +389,23 @@ class Runner:
                 origin = before
             else:
                 shutil.rmtree(folder)
+        if (folder / "done.json").exists():  # a runner was ended before it wrote the row
+            return self._finish(run)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "done.json").unlink(missing_ok=True)
         _write_json(folder / "origin.json", origin)
         code = checkout(self.plan, origin["commit"])
-        threads = {} if "CUDA_VISIBLE_DEVICES" in os.environ else {"OMP_NUM_THREADS": "1"}
+        paths = [str(code), *filter(None, [os.getenv("PYTHONPATH")])]
         environment = {
-            **threads, "PYTHONPATH": str(code), "DETECTRON2_DATASETS": self.datasets,
+            "OMP_NUM_THREADS": os.getenv("OMP_NUM_THREADS", "1"),
+            "PYTHONPATH": os.pathsep.join(paths),
+            "DETECTRON2_DATASETS": self.datasets,
             # Else memory goes back to the system after each step and is asked for again in the next.
-            "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000",
-        }  # fmt: skip
-        _write_json(
-            folder / "job.json",
-            {
-                "commands": self._commands(run, folder),
-                "folder": str(code),
-                "environment": environment,
-            },
-        )
+            "MALLOC_MMAP_MAX_": "0",
+            "MALLOC_TRIM_THRESHOLD_": "20000000000",
+        }
+        commands = self._commands(run, folder)
+        task = {"commands": commands, "folder": str(code), "environment": environment}
+        _write_json(folder / "job.json", task)
         chosen = f", LR {lr:g} (best of {run.lr_block})" if run.lr_block else ""
         self.bar.write(f"{run.id}: starts{chosen}")
         self.running[run.id] = run, self.launcher.start(folder)
@@ -399,11 +416,6 @@ class Runner:
         if weights and not run.weights_file:
             trained = self.rows[weights]["copy_of"] or weights
             weights = str(self.plan.output.resolve() / "runs" / trained / "model_final.pth")
-        if run.convert:
-            converted = str(folder / "weights.pth")
-            convert = ["tools/convert_weights.py", weights, converted, *run.convert]
-            commands.append({"arguments": [sys.executable, *convert], "creates": converted})
-            weights = converted
         start = tool.options({tool.weights: weights}) if weights else []
         if weights and tool is TOOLS["train_net"]:
             result = str(folder / "at_start.json")
@@ -424,19 +436,16 @@ class Runner:
                 self._finish(run)
 
     def _finish(self, run: Run) -> None:
-        from .measure import measure
-
         folder = folder_of(self.plan, run)
         row: dict[str, Any] = {"error": "its process ended without a result"}
         with contextlib.suppress(OSError):
             row = json.loads((folder / "done.json").read_text())
         curve: list[dict[str, Any]] = []
-        if not row["error"]:
-            try:
-                values, curve = measure(run, folder)
-                row |= values
-            except (ValueError, KeyError, OSError) as error:
-                row["error"] = f"its results cannot be read: {error}"
+        try:
+            values, curve = measure(run, folder)
+            row = {**values, **row}
+        except Exception as error:  # whatever is wrong with one run's files, the others go on
+            row["error"] = row["error"] or f"its results cannot be read: {one_line(error)}"
         row["commit"] = json.loads((folder / "origin.json").read_text())["commit"]
         self._record(run, row, curve)
         if not row["error"]:
@@ -470,9 +479,9 @@ class Runner:
                 self.launcher.signal(handle, signal.SIGSTOP if wanted else signal.SIGCONT)
 
     def _write_status(self) -> None:
-        left = remaining_seconds(self.plan, self.rows, self.jobs)
+        left = remaining(self.plan, self.rows, self.jobs, self.todo)
         self.bar.set_postfix_str(
-            f"{len(self.running)} running, left: {hours(left)}", refresh=False
+            f"{len(self.running)} running, left: {left}", refresh=False
         )  # fmt: skip
         status = {"jobs": self.jobs, "running": list(self.running)}
         if status != getattr(self, "_status", None):
@@ -480,9 +489,7 @@ class Runner:
             _write_json(self.plan.output / "running.json", status)
 
 
-def hours(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
+def hours(seconds: float) -> str:
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
 
 
