@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import yaml
 from detectron2.config import instantiate
-from pycocotools.coco import COCO
 
 from mabn_d2.data import make_synthetic_coco
 from mabn_d2.engine import load_lazy_config
@@ -693,47 +692,6 @@ def test_runs_can_be_submitted(write_plan, start, tmp_path, monkeypatch):
 
 
 # ---- what a run has found ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def truth():
-    """Two dark images with one object each, one bright image with two."""
-    boxes = [(1, [0, 0, 10, 10]), (2, [0, 0, 10, 10]), (3, [0, 0, 10, 10]), (3, [20, 20, 10, 10])]
-    coco = COCO()
-    coco.dataset = {
-        "images": [{"id": i, "width": 64, "height": 64, "look": "dark" if i < 3 else "bright"} for i in (1, 2, 3)],
-        "categories": [{"id": 1, "name": "square"}, {"id": 2, "name": "circle"}],
-        "annotations": [
-            {"id": i, "image_id": image, "category_id": 1, "bbox": box, "area": 100, "iscrowd": 0}
-            for i, (image, box) in enumerate(boxes, start=1)
-        ],
-    }  # fmt: skip
-    coco.createIndex()
-    return coco
-
-
-def detection(image, box, score, category=1):
-    return {"image_id": image, "category_id": category, "bbox": box, "score": score}
-
-
-def test_an_object_is_found_by_a_confident_box_of_its_class_that_covers_it(truth):
-    detections = [
-        detection(1, [0, 0, 10, 10], 0.9),
-        detection(2, [0, 0, 10, 10], 0.4),  # not confident
-        detection(3, [0, 0, 10, 10], 0.9, category=2),  # of another class
-        detection(3, [20, 20, 10, 6], 0.6),  # IoU 0.6
-        detection(3, [20, 20, 10, 10], 0.5),  # the same object
-    ]
-    assert measure.found_share(truth, detections) == 2 / 4
-    assert measure.found_share(truth, detections[1:3]) == 0
-
-
-def test_ap_by_look_is_the_ap_on_the_images_of_that_look(truth):
-    detections = [detection(1, [0, 0, 10, 10], 0.9), detection(3, [0, 0, 10, 10], 0.8)]
-    # Precision 1 up to a recall of 1/2, which 51 of COCO's 101 recall levels do not exceed.
-    np.testing.assert_allclose(measure.box_ap(truth, detections, [1, 2]), 100 * 51 / 101)
-    np.testing.assert_allclose(measure.box_ap(truth, detections, [1]), 100)
-    assert measure.box_ap(truth, detections, [2]) == 0
 
 
 def test_a_run_is_measured_from_its_folder(write_plan, tmp_path):
