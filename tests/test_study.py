@@ -512,14 +512,17 @@ def test_a_result_that_no_runner_has_recorded_is_recorded_by_the_next_one(write_
 
 def test_a_second_runner_is_refused_as_long_as_runs_of_the_first_are_there(write_plan, tmp_path):
     plan = write_plan()
+    commands = [{"arguments": ["sleep", "60"], "creates": ""}]
+    content = {"commands": commands, "folder": str(tmp_path), "environment": {}}
+    (tmp_path / "job.json").write_text(json.dumps(content))
     with runner.only_runner(plan) as lock:
-        child = subprocess.Popen(["sleep", "60"], pass_fds=[lock])
+        launcher = runner.Local(lock)
+        child = launcher.start(tmp_path)
     assert runner.is_running(plan)
     with pytest.raises(ValueError, match="lock is held: a runner of .* is at work, or runs that"):
         with runner.only_runner(plan):
             pass
-    child.kill()
-    child.wait()
+    launcher.stop(child)
     assert not runner.is_running(plan)
 
 
