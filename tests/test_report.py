@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 
 from mabn_d2 import add_mabn_config, report
 from mabn_d2.data import make_synthetic_coco, register_shapes
-from mabn_d2.report import curves, predictions
+from mabn_d2.report import curves, detections, predictions
 from mabn_d2.report.run import describe_model
 
 from .helpers import ROOT, load_tool
@@ -209,12 +209,11 @@ def test_detections_shown():
 
 def test_detections_are_read_as_the_ground_truth_they_are(run):
     records = predictions._load_dataset("shapes_val")
-    detections = predictions._read_detections(
-        str(run / "inference" / "coco_instances_results.json")
-    )
+    entries = predictions.read_detections(str(run / "inference" / "coco_instances_results.json"))
     metadata = MetadataCatalog.get("shapes_val")
     for record in records:
-        found = [predictions._detected(entry, metadata) for entry in detections[record["image_id"]]]
+        own = [entry for entry in entries if entry["image_id"] == record["image_id"]]
+        found = [predictions._detected(entry, metadata) for entry in own]
         truth = [predictions._annotated(entry, record) for entry in record["annotations"]]
         assert [thing.category for thing in found] == [thing.category for thing in truth]
         for one, other in zip(found, truth):
@@ -268,6 +267,83 @@ def test_description_of_models():
     assert describe_model(cfg) == "RetinaNet R50-FPN, norm MABN"
 
 
+# ---- what is found -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def truth():
+    """Two dark images with one object each, one bright image with two."""
+    boxes = [(1, [0, 0, 10, 10]), (2, [0, 0, 10, 10]), (3, [0, 0, 10, 10]), (3, [20, 20, 10, 10])]
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": i, "width": 64, "height": 64, "look": "dark" if i < 3 else "bright"} for i in (1, 2, 3)],
+        "categories": [{"id": 1, "name": "square"}, {"id": 2, "name": "circle"}],
+        "annotations": [
+            {"id": i, "image_id": image, "category_id": 1, "bbox": box, "area": 100, "iscrowd": 0}
+            for i, (image, box) in enumerate(boxes, start=1)
+        ],
+    }  # fmt: skip
+    coco.createIndex()
+    return coco
+
+
+def detection(image, box, score, category=1):
+    return {"image_id": image, "category_id": category, "bbox": box, "score": score}
+
+
+def test_an_object_is_found_by_a_confident_box_of_its_class_that_covers_it(truth):
+    found = [
+        detection(1, [0, 0, 10, 10], 0.9),
+        detection(2, [0, 0, 10, 10], 0.4),  # not confident
+        detection(3, [0, 0, 10, 10], 0.9, category=2),  # of another class
+        detection(3, [20, 20, 10, 6], 0.6),  # IoU 0.6
+        detection(3, [20, 20, 10, 10], 0.5),  # the same object
+    ]
+    assert detections.found_share(truth, found) == 2 / 4
+    assert detections.found_share(truth, found[1:3]) == 0
+
+
+def test_ap_by_look_is_the_ap_on_the_images_of_that_look(truth):
+    found = [detection(1, [0, 0, 10, 10], 0.9), detection(3, [0, 0, 10, 10], 0.8)]
+    # Precision 1 up to a recall of 1/2, which 51 of COCO's 101 recall levels do not exceed.
+    np.testing.assert_allclose(detections.box_ap(truth, found, [1, 2]), 100 * 51 / 101)
+    np.testing.assert_allclose(detections.box_ap(truth, found, [1]), 100)
+    assert detections.box_ap(truth, found, [2]) == 0
+
+
+def test_ap_of_images_without_an_object_is_no_number(truth):
+    truth.dataset["images"].append({"id": 4, "width": 64, "height": 64})
+    truth.createIndex()
+    assert math.isnan(detections.box_ap(truth, [detection(4, [0, 0, 10, 10], 0.9)], [4]))
+
+
+def test_what_a_run_has_found_is_counted_on_its_first_data_set(run, dataset):
+    objects = len(COCO(dataset / "annotations" / "instances_val.json").getAnnIds(iscrowd=0))
+    path = run / "inference" / "coco_instances_results.json"
+    (run / "config.yaml").write_text(
+        (run / "config.yaml").read_text().replace("- shapes_val", "- shapes_val\n  - shapes_train")
+    )
+    assert report.found_sentence(str(run)).startswith("100.0 % of the objects of shapes_val are")
+    crowd = COCO(dataset / "annotations" / "instances_val.json").getAnnIds(iscrowd=1)
+    entries = json.loads(path.read_text())
+    entries[next(i for i in range(len(entries)) if i + 1 not in crowd)]["score"] = 0.4
+    path.write_text(json.dumps(entries))
+    expected = (
+        f"{100 * (objects - 1) / objects:.1f} % of the objects of shapes_val are found, by a box "
+    )
+    assert report.found_sentence(str(run)).startswith(expected)
+
+
+def test_predictions_of_several_data_sets_are_those_of_the_first(run, monkeypatch):
+    """The evaluators of the others write into folders of their own."""
+    cfg = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(cfg.replace("- shapes_val", "- shapes_val\n  - shapes_train"))
+    drawn = []
+    monkeypatch.setattr(predictions, "_compare", lambda name, *rest: drawn.append(name))
+    predictions.draw_predictions(str(run), str(run / "predictions.png"))
+    assert drawn == ["shapes_val"]
+
+
 # ---- the tool ------------------------------------------------------------------------------------
 
 
@@ -287,6 +363,7 @@ def test_tool(run, dataset):
     )
     assert (process.returncode, process.stderr) == (0, "")
     assert "| mask " in process.stdout
+    assert "100.0 % of the objects of shapes_val are found" in process.stdout
     for name in ("curves.png", "predictions.png"):
         assert f"{run / name}\n" in process.stdout
         read_picture(run / name)

@@ -2,8 +2,8 @@
 """
 Draws what a training run has learned: curves of its losses and AP, and detections.
 
-Writes curves.png and predictions.png into the run's output folder and prints the AP of its last
-evaluation.
+Writes curves.png and predictions.png into the run's output folder, and prints the AP of its last
+evaluation and the share of the objects that it has found.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import os
 import sys
 
 from mabn_d2.plugin.command_line import add_arguments, bring_in
-from mabn_d2.report import METRICS, ap_table, draw_predictions, plot_curves
+from mabn_d2.report import METRICS, ap_table, draw_predictions, found_sentence, plot_curves
 from mabn_d2.utils.command_line import without_usage
 
 
@@ -37,13 +37,13 @@ def main() -> int:
     )
     try:
         bring_in(arguments)
-        table = ap_table(metrics_file)
+        table, found = ap_table(metrics_file), found_sentence(arguments.output_dir)
         plot_curves(metrics_file, curves)
         draw_predictions(arguments.output_dir, predictions, arguments.images, arguments.seed)
     except (ValueError, OSError, ImportError) as error:
         print(f"report.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(table)
+    print(f"{table}\n\n{found}")
     print(f"\nCurves: {curves}\nPredictions: {predictions}")
     return 0
 

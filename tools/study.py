@@ -44,6 +44,13 @@ def parse_arguments(argv):
     args = without_usage(parser).parse_args(argv)
     if args.jobs < 1:
         parser.error(f"--jobs must be 1 or more, got {args.jobs}")
+    if args.blocks and args.command not in ("run", "table"):
+        parser.error(f"{args.command} takes no block, got {' '.join(args.blocks)}")
+    if (args.partition or args.cluster_option) and not args.cluster:
+        parser.error("--partition and --cluster-option need --cluster")
+    for option in args.cluster_option:
+        if "=" not in option:
+            parser.error(f"--cluster-option takes KEY=VALUE, got {option}")
     return args
 
 
@@ -71,8 +78,7 @@ def status(plan, args):
         now = json.loads((plan.output / "running.json").read_text())
     print(tables.status_table(plan, rows, now["running"]))
     for name in now["running"]:
-        (entry,) = (run for run in plan.runs if run.id == name)
-        print(f"running: {name}, iteration {runner.progress(plan, entry)}")
+        print(f"running: {name}, iteration {runner.progress(plan, name)}")
     if old := runner.outdated(plan, rows):
         print(f"{len(old)} results are of another version of the plan: {', '.join(old[:5])} ...")
     paused = ", paused" if (plan.output / "PAUSE").exists() else ""

@@ -101,9 +101,8 @@ class _ScriptableRetinaNet(nn.Module):
         self.eval()
 
     def forward(self, inputs: tuple[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-        return [
-            i.get_fields() for i in self.model(inputs)
-        ]  # as it is scripted, these are instances
+        # Of a scripted model the outputs are instances, not dicts with them.
+        return [instances.get_fields() for instances in self.model(inputs)]
 
 
 def _script(model: nn.Module, file: IO[bytes], image: torch.Tensor) -> None:

@@ -53,8 +53,10 @@ def draw_predictions(output_dir: str, picture: str, num_images: int = 6, seed: i
         ImportError: matplotlib is not installed.
     """
     cfg = read_config(output_dir)
-    detections = _read_detections(os.path.join(output_dir, PREDICTIONS))
-    name = cfg.DATASETS.TEST[-1]  # the detections of further data sets replace those of the first
+    detections = defaultdict(list)
+    for entry in read_detections(os.path.join(output_dir, PREDICTIONS)):
+        detections[entry["image_id"]].append(entry)
+    name = cfg.DATASETS.TEST[0]  # the detections of further data sets are in folders of their own
     metadata = MetadataCatalog.get(name)
 
     def found(record: dict) -> list[_Object]:
@@ -114,23 +116,37 @@ def _compare(
     save(_draw_panel(pairs, classes, f"{model}, on {name}", threshold), picture)
 
 
-def _read_detections(path: str) -> dict[Any, list[dict]]:
-    """COCO results by image id."""
+def read_detections(path: str) -> list[dict[str, Any]]:
+    """
+    COCO results.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: there is something else in it.
+    """
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"{path} is missing: it is written when a COCO data set is evaluated"
         )
-    by_image = defaultdict(list)
+    needed = {"image_id", "category_id", "bbox", "score"}
     try:
         with open(path) as f:
-            for entry in json.load(f):
-                by_image[entry["image_id"]].append(entry)
-    except (ValueError, KeyError, TypeError) as e:
+            detections = json.load(f)
+        if not all(needed <= set(entry) for entry in detections):
+            raise ValueError(f"expected are entries with {', '.join(sorted(needed))}")
+    except (ValueError, TypeError) as e:
         raise ValueError(f"{path} does not hold COCO results: {e}") from e
-    return by_image
+    return detections
 
 
-def _load_dataset(name: str) -> list[dict]:
+def annotations_file(name: str) -> str | None:
+    """
+    The file with a data set's annotations, None if it has none.
+
+    Raises:
+        FileNotFoundError: it is missing.
+        ValueError: the data set is not registered.
+    """
     if name not in DatasetCatalog.list():
         raise ValueError(f"the data set {name} is not registered")
     path = MetadataCatalog.get(name).get("json_file")
@@ -138,6 +154,11 @@ def _load_dataset(name: str) -> list[dict]:
         raise FileNotFoundError(
             f"{path} of the data set {name} is missing: set DETECTRON2_DATASETS"
         )
+    return path
+
+
+def _load_dataset(name: str) -> list[dict]:
+    annotations_file(name)
     records = [record for record in DatasetCatalog.get(name) if "annotations" in record]
     if not records:
         raise ValueError(f"the data set {name} holds no annotated image")

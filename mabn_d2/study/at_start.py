@@ -13,6 +13,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from ..engine import Trainer
 from ..plugin import load_config
 from ..plugin.command_line import add_arguments, bring_in, set_num_classes
+from ..utils.files import atomic_write
 
 
 def main(file: str, arguments: list[str]) -> None:
@@ -22,12 +23,11 @@ def main(file: str, arguments: list[str]) -> None:
     set_num_classes(cfg, args)
     cfg.freeze()
     default_setup(cfg, args)
-    trainer = Trainer(
-        cfg
-    )  # it has the data that statistics are measured on where the weights hold none
+    # It has the data that statistics are measured on where the weights hold none.
+    trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
     results = trainer.test(cfg, trainer.model)
-    with open(file, "w") as f:
+    with atomic_write(file, "w") as f:  # the file says that this is done
         json.dump(results, f)
 
 

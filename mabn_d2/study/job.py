@@ -2,8 +2,8 @@
 The process of one run: `python job.py FOLDER`. It is a program of the standard library alone, of which
 nothing but waiting is asked.
 
-FOLDER/job.json says what is run: {"commands": [[...], ...], "folder": ..., "environment": {...}}. A command whose
-`creates` exists is not run again. FOLDER/done.json is written at the end.
+FOLDER/job.json says what is run: {"commands": [{"arguments": [...], "creates": ...}, ...], "folder": ...,
+"environment": {...}}. A command whose file `creates` exists is not run again; "" is for one that always is. FOLDER/done.json is written at the end.
 """
 
 import contextlib

@@ -1,7 +1,5 @@
 """What a finished run's folder says about it."""
 
-import contextlib
-import io
 import json
 import math
 from pathlib import Path
@@ -10,11 +8,11 @@ from typing import Any
 import numpy as np
 import yaml
 from detectron2.data import MetadataCatalog
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from ..data import register_shapes
+from ..report.detections import box_ap, found_share, read_annotations
 from ..report.metrics import Metrics, read_metrics
+from ..report.predictions import PREDICTIONS, read_detections
 from .plan import TOOLS, Run
 
 LAST = 5  # evaluations in the column `last_aps`
@@ -115,12 +113,10 @@ def read_pairs(text: str) -> dict[str, float]:
 def _from_detections(dataset: str, folder: Path) -> dict[str, str]:
     """Box AP by the `look` of the images, and the share of the objects that are found."""
     register_shapes()
-    file = folder / "inference" / "coco_instances_results.json"
-    annotations = MetadataCatalog.get(dataset).get("json_file")
-    if not file.exists() or not annotations:
+    file = folder / PREDICTIONS
+    if not file.exists() or not MetadataCatalog.get(dataset).get("json_file"):
         return {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco, detections = COCO(annotations), json.loads(file.read_text())
+    coco, detections = read_annotations(dataset), read_detections(str(file))
     values = {"found": f"{100 * found_share(coco, detections):.2f}"}
     looks: dict[str, list[int]] = {}
     for image in coco.dataset["images"]:
@@ -130,43 +126,3 @@ def _from_detections(dataset: str, folder: Path) -> dict[str, str]:
         {look: box_ap(coco, detections, ids) for look, ids in sorted(looks.items())}
     )
     return values
-
-
-def box_ap(coco: COCO, detections: list[dict], images: list[int]) -> float:
-    """COCO's AP of boxes, in percent, on some of the images."""
-    evaluation = _evaluate(coco, detections, images)
-    if evaluation is None:
-        return 0.0
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.accumulate()
-        evaluation.summarize()
-    return 100 * float(evaluation.stats[0])
-
-
-def found_share(coco: COCO, detections: list[dict], score: float = 0.5, iou: float = 0.5) -> float:
-    """The share of all objects that a box of the right class covers with this score and IoU or more."""
-    confident = [detection for detection in detections if detection["score"] >= score]
-    evaluation = _evaluate(coco, confident, coco.getImgIds(), [iou])
-    if evaluation is None:
-        return 0.0
-    everything = evaluation.params.areaRng[0]
-    cells = [e for e in evaluation.evalImgs if e is not None and e["aRng"] == everything]
-    counted = [np.logical_not(e["gtIgnore"]) for e in cells]
-    found = sum(int(((e["gtMatches"][0] > 0) & c).sum()) for e, c in zip(cells, counted))
-    return found / max(1, sum(int(c.sum()) for c in counted))
-
-
-def _evaluate(
-    coco: COCO, detections: list[dict], images: list[int], ious: list[float] | None = None
-) -> COCOeval | None:
-    chosen = set(images)
-    detections = [dict(d) for d in detections if d["image_id"] in chosen]
-    if not detections:  # pycocotools fails on none
-        return None
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(coco, coco.loadRes(detections), "bbox")
-        evaluation.params.imgIds = images
-        if ious:
-            evaluation.params.iouThrs = np.array(ious)
-        evaluation.evaluate()
-    return evaluation

@@ -188,6 +188,14 @@ def _plan(file: Path, content: Any) -> Plan:
             _check(f"{kind}.{name}.options", (entry or {}).get("options") or {})
     for name, task in tables["tasks"].items():
         _look_up(task["tool"], TOOLS, f"tasks.{name}.tool")
+    for name, protocol in tables["protocols"].items():
+        least = {"images": 1, "workers": 1, "slots": 1, "norm_batch": 0}
+        for key in least.keys() & protocol:
+            value = protocol[key]
+            if type(value) is not int or value < least[key]:
+                raise ValueError(
+                    f"protocols.{name}.{key} must be an integer of at least {least[key]}, got {value!r}"
+                )
     blocks: list[Block] = []
     for name in tables["blocks"]:
         blocks.append(_block(name, tables, blocks))
@@ -219,6 +227,9 @@ def _block(name: str, tables: Mapping[str, _Node], earlier: Sequence[Block]) -> 
                 f"{where}.lr: block {lr_block.name} has no runs of {run.lr_norm} with protocol {protocol}"
             )
         runs.append(run)
+    ids = [run.id for run in runs]
+    if repeated := {id_ for id_ in ids if ids.count(id_) > 1}:
+        raise ValueError(f"{where}: several runs would have the id {min(repeated)}")
     known = {run.id for block in earlier for run in block.runs}
     for run in runs:
         if run.weights and not run.weights_file and run.weights not in known:
@@ -247,7 +258,9 @@ def _run(
     )  # fmt: skip
     where = f"blocks.{block}.weights"
     _check(where, weights, {"run", "file", "import"})
-    workers = 1 if norm.get("one_process") else int(protocol.get("workers", 1))
+    if weights and ("run" in weights) == ("file" in weights):
+        raise ValueError(f"{where} must have either run or file, got {', '.join(weights)}")
+    workers = 1 if norm.get("one_process") else protocol.get("workers", 1)
     options: dict[str, Any] = {}
     layer = norm.get("norm", what["norm"])
     if layer is not None:
@@ -269,7 +282,7 @@ def _run(
         imports=(*_list(task.get("import", []), str, "import"), *_list(norm.get("import", []), str, "import")),
         options=options, images=protocol["images"], workers=workers,
         norm_batch=options.get(tool.norm_batch) or protocol["images"] // workers,
-        slots=1 if workers == 1 else int(protocol.get("slots", workers)),
+        slots=1 if workers == 1 else protocol.get("slots", workers),
         lr_block=lr_block.name if lr_block else "", lr_norm=norm.get("lr_of", what["norm"]),
         weights=start.replace("{seed}", str(seed)), weights_file="file" in weights,
     )  # fmt: skip

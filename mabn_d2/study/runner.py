@@ -104,16 +104,16 @@ def outdated(plan: Plan, rows: dict[str, dict[str, str]]) -> list[str]:
     return [
         run.id
         for run in plan.runs
-        if run.id in rows
-        and rows[run.id]["command"]
-        != run.command(float(lr) if (lr := rows[run.id]["lr"]) else None)
+        if (row := rows.get(run.id))
+        and (row["command"], row["weights"])
+        != (run.command(float(row["lr"]) if row["lr"] else None), run.weights)
     ]
 
 
-def progress(plan: Plan, run: Run) -> int:
-    """The last iteration that a run has logged."""
+def progress(plan: Plan, name: str) -> int:
+    """The last iteration that a run has logged, which the plan need not have any more."""
     with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
-        lines = (folder_of(plan, run) / "metrics.json").read_text().splitlines()
+        lines = (plan.output / "runs" / name / "metrics.json").read_text().splitlines()
         return int(json.loads(lines[-1])["iteration"]) + 1
     return 0
 
