@@ -206,7 +206,10 @@ def test_a_model_that_cannot_be_built_without_memory_is_built_with_it(shapes, tm
         META_ARCH_REGISTRY._obj_map.pop(ReadsItsValues.__name__)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+FILES = [path for path in sorted(CONFIGS.rglob("*.yaml")) if path.parent.name != "study"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_config_passes(shapes, tmp_path, path):
     cfg = config(shapes, tmp_path / "output", "MODEL.WEIGHTS", "", file=path)
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE or cfg.SOLVER.IMS_PER_BATCH

@@ -922,11 +922,14 @@ def test_a_study_that_is_interrupted_goes_on_where_it_was(tmp_path):
     while not (folder / "last_checkpoint").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
+    (plan.output / "PAUSE").touch()  # or it may be over before it is interrupted
     running = subprocess.run([*command, "status"], **options)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
+    (plan.output / "PAUSE").unlink()
     assert process.returncode == 130 and "interrupted; run it again" in out
     assert f"running: {plan.runs[0].id}, iteration" in running.stdout, running.stdout
+    assert running.stdout.endswith(", paused\n")
     assert not (folder / "done.json").exists() and not runner.is_running(plan)
 
     done = subprocess.run([*command, "run", "--dirty"], **options)
