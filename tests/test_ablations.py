@@ -13,21 +13,15 @@ from mabn_d2.layers import CenConv2d, CentralizedKernel, MABN2d, options_of
 from mabn_d2.plugin import NORM_REGISTRY
 from mabn_d2.study import ablations
 
+from .helpers.ablations import registered_ablations
 from .helpers.norms import assert_same_state, state, train
 from .helpers.reference import ReferenceMBN
 
-# Other tests expect the norms of the package alone.
-ABLATIONS = {name: norm for name, norm in NORM_REGISTRY if norm.__module__ == ablations.__name__}
-for name in ABLATIONS:
-    NORM_REGISTRY._obj_map.pop(name)
-
 
 @pytest.fixture(autouse=True)
-def registered_for_this_file():
-    NORM_REGISTRY._obj_map.update(ABLATIONS)
-    yield
-    for name in ABLATIONS:
-        NORM_REGISTRY._obj_map.pop(name)
+def with_ablations():
+    with registered_ablations():
+        yield
 
 
 M, WARMUP, START, CLIP, MOMENTUM, EPS = 3, 5, 8, 1.3, 0.1, 1e-3

@@ -36,6 +36,7 @@ from mabn_d2.engine.hooks import DoubleForward
 from mabn_d2.layers import BRN2d, GhostBatchNorm2d, MABN2d, MBN2d
 
 from .helpers import CONFIGS, ROOT
+from .helpers.fashion_mnist import write_fashion_mnist
 from .helpers.runs import assert_same_run, environment, weights
 from .helpers.workers import run_workers
 
@@ -48,23 +49,6 @@ CONFIG_FILES = sorted(
 )
 # A few iterations on 4 images.
 SHORT = ["dataloader.train.total_batch_size=4", "train.max_iter=12", "train.checkpointer.period=4"]
-
-
-def write_idx(path, values):
-    """The format of MNIST: a magic number, the dimensions and the values, most significant byte first."""
-    header = [0x0800 + values.ndim, *values.shape]
-    path.write_bytes(b"".join(n.to_bytes(4, "big") for n in header) + values.tobytes())
-
-
-def write_fashion_mnist(root, train, val):
-    rng = np.random.default_rng(0)
-    raw = root / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for split, count in (("train", train), ("t10k", val)):
-        labels = (np.arange(count) % 10).astype(np.uint8)
-        images = rng.integers(0, 256, (count, 28, 28)).astype(np.uint8)
-        write_idx(raw / f"{split}-images-idx3-ubyte", images)
-        write_idx(raw / f"{split}-labels-idx1-ubyte", labels)
 
 
 def write_imagenet(root, train, val):

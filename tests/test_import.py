@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import re
 import warnings
 
 import pytest
@@ -18,11 +19,12 @@ import mabn_d2
 from mabn_d2 import BRN2d, CenConv2d, MABN2d, MBN2d
 from mabn_d2.checkpoint import Checkpointer
 from mabn_d2.data import make_synthetic_coco
+from mabn_d2.deploy import ExportedDetector, export_detector
 from mabn_d2.engine import Trainer
 from mabn_d2.surgery import measure_statistics
 
 from .helpers.models import small_cfg
-from .helpers.runs import cfg_for
+from .helpers.runs import cfg_for, weights
 from .helpers.settled import measure, relative_error, settle
 from .helpers.workers import run_workers
 
@@ -106,18 +108,66 @@ def test_a_coco_detector_finds_the_same_boxes_and_masks_before_training(
         assert "the function of 20 norms" in line if rest == "" else "0 affine maps" in line
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_files_of_every_version_of_bn_are_imported(version, tmp_path):
-    source, model = trained(detector("FrozenBN", "")), detector("MABN", "MABN")
+@pytest.mark.parametrize("ours", ["MABN", "BRN"])
+@pytest.mark.parametrize(
+    "norm, version, counts", [("BN", 1, False), ("BN", 2, True), ("FrozenBN", 3, False)]
+)
+@pytest.mark.parametrize("checkpointer", [Checkpointer, DetectionCheckpointer])
+def test_files_of_every_version_of_bn_are_imported(
+    norm, version, counts, ours, checkpointer, tmp_path
+):
+    """BN of PyTorch before 0.4.1, BN since then, which counts, and Detectron2's FrozenBN."""
+    source, model = trained(detector(norm, norm), dead=False), detector(ours, ours)
+    for module in source.modules():
+        if isinstance(getattr(module, "num_batches_tracked", None), torch.Tensor):
+            module.num_batches_tracked.fill_(7)
     state = source.state_dict()
-    for key in list(state):
-        if version == 1 and key.endswith("num_batches_tracked"):
+    name = "backbone.bottom_up.stem.conv1.norm"
+    if version == 1:
+        for key in [key for key in state if key.endswith("num_batches_tracked")]:
             del state[key]
-    file = {"model": {k: v.numpy() for k, v in state.items()}, "__author__": "Detectron2 Model Zoo"}
-    with open(tmp_path / "model_final_f10217.pkl", "wb") as f:
-        pickle.dump(file, f)
-    load(model, tmp_path / "model_final_f10217.pkl")
+        for metadata in state._metadata.values():
+            metadata["version"] = 1
+    assert state._metadata[name]["version"] == version
+    assert (f"{name}.num_batches_tracked" in state) == counts
+    torch.save({"model": state}, tmp_path / "model.pth")
+    checkpointer(model).load(str(tmp_path / "model.pth"))
     assert_same_outputs(model, source)
+    if ours == "BRN" and checkpointer is Checkpointer:  # a file that counts may be a BRN's own
+        brn = model.get_submodule(name)
+        assert brn.num_batches_tracked == (7 if counts else brn.r_max_iters[1])
+
+
+def test_a_frozen_bn_of_version_1_is_not_told_from_gn(tmp_path, caplog):
+    """It held no statistics, and its file does not say of what its γ and β are."""
+    state = trained(detector("FrozenBN", "FrozenBN"), statistics=False).state_dict()
+    for key in [key for key in state if "running" in key]:
+        del state[key]
+    torch.save({"model": state}, tmp_path / "model.pth")
+    said = load(detector("MABN", "MABN"), tmp_path / "model.pth", caplog)
+    (warning,) = [message for message in said if "another norm" in message]
+    assert re.search(r"GN for \d+ layers that have MABN", warning)
+
+
+def test_what_has_no_counterpart_is_listed_by_name(tmp_path, caplog):
+    """Two fully-connected layers into four convolutions and one."""
+
+    def build(norm, convolutions, layers):
+        head = ("MODEL.ROI_BOX_HEAD.NUM_CONV", convolutions, "MODEL.ROI_BOX_HEAD.NUM_FC", layers)
+        return build_model(small_cfg(norm, "MODEL.RESNETS.NORM", norm or "FrozenBN", *head))
+
+    Checkpointer(build("", 0, 2), str(tmp_path)).save("model")
+    caplog.set_level(logging.INFO)
+    load(build("MABN", 4, 1), tmp_path / "model.pth")
+    unused, missing = "are not used by the model", "are not found in the checkpoint"
+    said = {
+        words: record.getMessage() for record in caplog.records for words in (unused, missing)
+        if words in record.getMessage()
+    }  # fmt: skip
+    assert "roi_heads.box_head.fc2." in said[unused] and "conv" not in said[unused]
+    for number in range(1, 5):
+        assert f"roi_heads.box_head.conv{number}." in said[missing]
+    assert "fc1" not in said[missing] and "backbone" not in said[missing]
 
 
 def test_a_frozen_bn_that_was_an_affine_map_is_told_by_its_statistics(tmp_path):
@@ -398,3 +448,48 @@ def test_measured_statistics_are_those_of_the_images_of_all_workers(tmp_path):
     x = convolution(torch.cat([images for images, _ in results]))
     torch.testing.assert_close(model["1.running_mean"], x.mean((0, 2, 3)))
     torch.testing.assert_close(model["1.running_var"], x.var((0, 2, 3), unbiased=False))
+
+
+def test_a_resumed_run_and_an_exported_model_carry_shift_and_m0(tmp_path, shapes):
+    Checkpointer(trained(detector("BN", "BN"), dead=False).float(), str(tmp_path)).save("bn")
+    options = ("MODEL.WEIGHTS", str(tmp_path / "bn.pth"), "DATASETS.TEST", "()")
+
+    def trainer(output):
+        made = Trainer(cfg_for(shapes, tmp_path / output, *options, "SOLVER.MAX_ITER", "4"))
+        made.resume_or_load(resume=True)
+        return made
+
+    whole = trainer("whole")
+    stem = whole.model.backbone.bottom_up.stem.conv1
+    imported = {"kernel_mean": stem.kernel_mean.clone(), "shift": stem.norm.running_mean.clone()}
+    assert all(value.any() for value in imported.values())
+    whole.train()
+    stopped = trainer("stopped")
+    stopped.max_iter = 2
+    stopped.train()
+    resumed = trainer("stopped")
+    assert resumed.start_iter == 2
+    resumed.train()
+    for key, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(tmp_path / "stopped")[key]), key
+    stem = resumed.model.backbone.bottom_up.stem.conv1
+    assert torch.equal(stem.kernel_mean, imported["kernel_mean"])
+    assert torch.equal(stem.norm.running_mean, imported["shift"])
+
+    model = resumed.model.eval()
+    model.roi_heads.box_predictor.test_score_thresh = 0.0
+    inputs = [{"image": 255 * torch.rand(3, 64, 64)}]
+    export_detector(model, tmp_path / "model.ts", "tracing", inputs[0]["image"])
+
+    @torch.no_grad()
+    def scores(detector):
+        return detector(inputs)[0]["instances"].scores
+
+    right = scores(model)
+    assert len(right) > 10
+    assert relative_error(scores(ExportedDetector(tmp_path / "model.ts")), right) < 1e-4
+    for module in model.modules():
+        if isinstance(module, CenConv2d):
+            module.kernel_mean.zero_()
+    wrong = scores(model)
+    assert len(wrong) != len(right) or relative_error(wrong, right) > 1e-2

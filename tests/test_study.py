@@ -11,17 +11,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from detectron2.config import instantiate
+from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
 
+from mabn_d2.checkpoint import Checkpointer
 from mabn_d2.data import make_synthetic_coco
-from mabn_d2.engine import load_lazy_config
+from mabn_d2.engine import load_lazy_config, preflight
 from mabn_d2.layers import BRN2d, MABN2d
+from mabn_d2.plugin import load_config
+from mabn_d2.plugin.command_line import add_arguments, bring_in
 from mabn_d2.study import document, figures, job, measure, runner, tables
-from mabn_d2.study.plan import load_plan
+from mabn_d2.study.plan import TOOLS, load_plan
 
 from .helpers import CONFIGS, INSTANT, ROOT, load_tool
+from .helpers.ablations import registered_ablations
+from .helpers.fashion_mnist import write_fashion_mnist
 from .helpers.runs import environment
+from .helpers.settled import relative_error, settle
 
 NORM_KEYS = ["MODEL.RESNETS.NORM", "MODEL.FPN.NORM"]
 
@@ -155,6 +164,14 @@ def test_a_run_starts_from_the_run_of_its_own_seed(write_plan):
     assert runs[0].options["MODEL.WEIGHTS_IMPORT"] == "as_is"
 
 
+def test_a_norm_can_start_from_scratch_where_others_have_weights(write_plan):
+    norms = {"BN": None, "new": {"norm": "BN", "scratch": True}}
+    tune = block(norms=["BN", "new"], weights={"run": "main/P1-BN-lr0.01-s1", "import": "as_is"})
+    start, new = write_plan(norms=norms, blocks={"main": block(), "tune": tune}).block("tune").runs
+    assert start.weights == "main/P1-BN-lr0.01-s1" and new.weights == ""
+    assert "MODEL.WEIGHTS_IMPORT" not in new.options
+
+
 LR = plan_of(Path())["blocks"]["lr"]
 NEAR = {"run": "lr/looks-P1-BN-lr0.01-s{seed}"}
 
@@ -203,6 +220,12 @@ def test_a_plan_that_is_no_yaml_or_not_there_is_refused(tmp_path):
 PLANS = sorted((CONFIGS / "study").glob("*.yaml"))
 
 
+@pytest.fixture
+def with_ablations():
+    with registered_ablations():
+        yield
+
+
 @pytest.mark.parametrize("file", PLANS, ids=[file.stem for file in PLANS])
 def test_a_plan_of_the_repository_has_configs_and_runs_that_differ(file):
     runs = load_plan(file).runs
@@ -210,6 +233,56 @@ def test_a_plan_of_the_repository_has_configs_and_runs_that_differ(file):
     assert {run.config for run in runs if not (ROOT / run.config).is_file()} == set()
     distinct = {(run.id.partition("/")[0], run.command(run.lr), run.weights) for run in runs}
     assert len(distinct) == len(runs)  # no two names for one thing
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """All data sets of the repository's plans, a few images of each."""
+    folder = tmp_path_factory.mktemp("data")
+    for variety in ("looks", "content", "alike"):
+        make_synthetic_coco(folder, layout="shapes", train=6, val=2, size=64, variety=variety)
+    write_fashion_mnist(folder, train=40, val=10)
+    return folder
+
+
+@pytest.mark.parametrize("file", PLANS, ids=[file.stem for file in PLANS])
+def test_every_run_of_a_plan_of_the_repository_is_accepted(
+    file, data, tmp_path, monkeypatch, with_ablations
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(data))
+    plan = load_plan(file)
+    of_a_kind = {(r.block, r.level, r.protocol, r.norm): r for r in plan.runs}  # seed and LR aside
+    for run in of_a_kind.values():
+        output = run.tool.options({run.tool.output: str(tmp_path / "out")})
+        arguments = [*run.arguments(run.lr or 0.01), *output]
+        args = add_arguments(default_argument_parser()).parse_args(arguments)
+        bring_in(args)
+        if run.tool is TOOLS["train_net"]:
+            assert preflight.check(load_config(args.config_file, args.opts), args) == [], run.id
+        else:
+            cfg = load_lazy_config(args.config_file, args.opts)
+            assert preflight.check_lazy(cfg, args) == [], run.id
+
+
+def test_the_classifiers_backbone_is_the_detectors(tmp_path):
+    """Of the plan of fine-tuning: by names and shapes, and with the function that it had."""
+    plan = load_plan(CONFIGS / "study" / "finetune.yaml")
+    torch.manual_seed(0)
+    config = str(ROOT / plan.block("classifier").runs[0].config)
+    source = instantiate(load_lazy_config(config, []).model)
+    Checkpointer(settle(source), str(tmp_path)).save("model_final")
+    (run,) = (run for run in plan.block("far").runs if run.id == "far/content-P1-MABN_exact-s1")
+    options = run.tool.options({**run.options, "MODEL.DEVICE": "cpu"})
+    model = build_model(load_config(str(ROOT / run.config), options))
+    Checkpointer(model).load(str(tmp_path / "model_final.pth"))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, x = source.stem(images), model.eval().backbone.bottom_up.stem(images)
+        for stage in source.stage_names:
+            expected = getattr(source, stage)(expected)
+            x = getattr(model.backbone.bottom_up, stage)(x)
+            assert relative_error(x, expected) < 1e-4
 
 
 @pytest.mark.parametrize("size, groups", [(2, 16), (0, 1)])
@@ -668,7 +741,7 @@ def test_the_commands_of_a_run_follow_one_another_and_their_seconds_add_up(tmp_p
     assert done["error"] == "" and 0.3 <= done["seconds"] < 20 and "cores" in done["device"]
     assert (tmp_path / "output.txt").read_text() == "said\n"
     (tmp_path / "seconds").write_text("1000")  # of a call that was interrupted
-    assert 1000.3 <= execute(tmp_path, "import time; time.sleep(0.3)")["seconds"] < 1020
+    assert 1000.3 <= execute(tmp_path, "import time; time.sleep(0.4)")["seconds"] < 1020
     (tmp_path / "there").touch()
     execute(tmp_path, "print('again')", creates=str(tmp_path / "there"))
     assert "again" not in (tmp_path / "output.txt").read_text()
@@ -947,5 +1020,56 @@ def test_a_study_that_is_interrupted_goes_on_where_it_was(tmp_path):
     assert (folder / "inference" / "shapes_train" / detections.name).exists()
     shown = subprocess.run([*command, "table", "main"], **options).stdout
     assert "## main" in shown and "not run" not in shown
-    for worktree in (tmp_path / "out" / "worktrees").glob("*"):
+    remove_worktrees(tmp_path / "out")
+
+
+def remove_worktrees(output):
+    for worktree in (output / "worktrees").glob("*"):
         subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", worktree], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="runs start from a commit")
+def test_the_plan_of_fine_tuning_runs_from_sources_to_fine_tuned_detectors(data, tmp_path):
+    content = yaml.safe_load((CONFIGS / "study" / "finetune.yaml").read_text())
+    content.update(
+        output=str(tmp_path / "out"),
+        results=str(tmp_path / "a.csv"),
+        document=str(tmp_path / "a.md"),
+    )
+    few = {"SOLVER.MAX_ITER": 2, "SOLVER.STEPS": [1], "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0}
+    for name in ("source", "near", "far"):
+        task = content["tasks"][name]
+        task["options"] = {**task.get("options", {}), **few, "INPUT.MIN_SIZE_TEST": 64}
+    content["tasks"]["classifier"]["options"] = {"train.max_iter": 4}
+    norms = {"near": ["FrozenBN", "MABN exact"], "far": ["from scratch", "MABN exact"]}
+    blocks = content["blocks"]
+    for name in ("detector", "classifier", *norms):
+        blocks[name]["seeds"] = 1
+        blocks[name].pop("differences", None)
+    for name, some in norms.items():
+        blocks[name].update(norms=some, lr=0.001)
+        del blocks[f"lr-{name}"]
+    file = tmp_path / "finetune.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    command = [sys.executable, str(ROOT / "tools" / "study.py"), str(file), "run", "--dirty"]
+    env = {**environment(data), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    plan = load_plan(file)
+    rows = {row["run"]: row for row in runner.open_results(plan)[0].rows}
+    assert {row["error"] for row in rows.values()} == {""} and len(rows) == 6
+    assert rows["far/content-P1-from_scratch-lr0.001-s1"]["ap_at_start"] == ""
+    found = []  # before the first step, by the same function
+    for run in plan.block("near").runs:
+        assert run.weights == "detector/content-P1-BN-s1" and rows[run.id]["ap_at_start"]
+        folder = runner.folder_of(plan, run) / "at_start" / "inference"
+        found.append(json.loads((folder / "coco_instances_results.json").read_text()))
+    assert len(found[0]) == len(found[1]) > 10
+    for got, expected in zip(*found):
+        assert got["category_id"] == expected["category_id"]
+        np.testing.assert_allclose(got["bbox"], expected["bbox"], atol=0.01)
+        np.testing.assert_allclose(got["score"], expected["score"], atol=1e-4)
+    log = (runner.folder_of(plan, plan.block("far").runs[1]) / "output.txt").read_text()
+    assert "norms with statistics and of 0 affine maps is kept" in log
+    remove_worktrees(plan.output)

@@ -49,6 +49,8 @@ TOOLS = {
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value)  # which both kinds of config read as such
     return value if isinstance(value, str) else json.dumps(value) if value != () else "()"
 
 
@@ -158,7 +160,7 @@ def load_plan(file: str | Path) -> Plan:
 _TABLES = ("tasks", "norms", "levels", "protocols", "blocks")
 _KEYS = {
     "tasks": {"tool", "config", "norm", "options", "import"},
-    "norms": {"norm", "options", "import", "config", "lr_of", "one_process"},
+    "norms": {"norm", "options", "import", "config", "lr_of", "one_process", "scratch"},
     "levels": {"options"},
     "protocols": {"images", "workers", "norm_batch", "slots", "options"},
     "blocks": {
@@ -260,6 +262,8 @@ def _run(
     _check(where, weights, {"run", "file", "import"})
     if weights and ("run" in weights) == ("file" in weights):
         raise ValueError(f"{where} must have either run or file, got {', '.join(weights)}")
+    if norm.get("scratch"):
+        weights = {}
     workers = 1 if norm.get("one_process") else protocol.get("workers", 1)
     options: dict[str, Any] = {}
     layer = norm.get("norm", what["norm"])
