@@ -44,16 +44,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..layers import BatchStatisticsNorm2d, CenConv2d, MABN2d, MBN2d, RingBuffer, checked
+from ..layers import BatchStatisticsNorm2d, CenConv2d, MABN2d, MBN2d, RingBuffer
 from ..layers.norm_batch import NormBatches
-from ..layers.options import (
-    AtLeastOne,
-    BatchesOf32Images,
-    Fraction,
-    IterationCount,
-    PositiveInteger,
-    PositiveNumber,
-)
 from ..ops import (
     affine_map,
     affine_map_backward,
@@ -141,6 +133,11 @@ class _MovingAverageFunction(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
+def _average(statistics: torch.Tensor, ring: RingBuffer, average_start_iter: int) -> torch.Tensor:
+    """Means of the last batches, (G, C), or the batch's own in the warm-up."""
+    return record_and_average(statistics, ring.values, ring.count, average_start_iter)
+
+
 class _AblatedMABN2d(MABN2d):
     """A MABN without `lag`, which would mean something else with other averages."""
 
@@ -148,7 +145,7 @@ class _AblatedMABN2d(MABN2d):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.lag:
-            raise ValueError(f"{type(self).__name__}: lag must be 0, got {self.lag}")
+            raise ValueError(f"lag must be 0 for an ablation of the averages, got {self.lag}")
 
     def _ring(self, size: int) -> RingBuffer:
         return RingBuffer(size, self.num_features).to(self.running_var)
@@ -188,36 +185,18 @@ class BackwardAverageMABN2d(_AblatedMABN2d):
         self.second_moment = self._ring(1)
 
 
-@NORM_REGISTRY.register(name="MABN_FromStart")
-class EarlyRenormMABN2d(_AblatedMABN2d):
-    """
-    Renormalization from the second batch on; `renorm_start_iter` is without effect.
-
-        χ̂² ← (1 - η)·χ̂² + η·χ̄²,   η = max(`momentum`, 1/t)
-
-    that is the mean of all χ̄² so far until t = 1/`momentum`: r compares with data from the start, not with the
-    initial 1. With normalization batches, t is that of the first one of the input.
-    """
-
-    @functools.wraps(MABN2d.__init__)
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.renorm_start_iter = 1
-
-    def _update_statistics(self, x, batches):
-        momentum = self.momentum
-        self.momentum = max(momentum, 1 / (1 + int(self.second_moment.count)))
-        try:
-            return super()._update_statistics(x, batches)
-        finally:
-            self.momentum = momentum
-
-
 class _MovingAverageMABN2d(_AblatedMABN2d):
     """Base of those with other factors than MABN's; the loss must not be scaled."""
 
     def _average(self, statistics: torch.Tensor, ring: RingBuffer) -> torch.Tensor:
-        return record_and_average(statistics, ring.values, ring.count, self.average_start_iter)
+        return _average(statistics, ring, self.average_start_iter)
+
+    @torch.no_grad()
+    def _update_statistics(self, x, batches):
+        shift = self.running_mean.expand(batches.num, -1)
+        second_moment = batches.mean(second_moment_about(batches.split(x), batches.spread(shift)))
+        average = self._average(second_moment, self.second_moment)
+        return self._factors(average, self.second_moment.count, shift)
 
     def _normalize(self, x, statistics):
         return _MovingAverageFunction.apply(
@@ -234,6 +213,31 @@ class _MovingAverageMABN2d(_AblatedMABN2d):
             self.eps,
         )  # fmt: skip
         return Factors(mean, factors.squared, factors.unit)
+
+
+@NORM_REGISTRY.register(name="MABN_FromStart")
+class EarlyRenormMABN2d(_MovingAverageMABN2d):
+    """
+    Renormalization from the second batch on; `renorm_start_iter` is without effect.
+
+        χ̂² ← (1 - η)·χ̂² + η·χ̄²,   η = max(`momentum`, 1/t)
+
+    that is the mean of all χ̄² so far until t = 1/`momentum`: r compares with data from the start, not with the
+    initial 1.
+    """
+
+    def _factors(self, average, count, mean):
+        num = len(average)
+        t = count - constant(torch.arange, num, dtype=torch.long, device=count.device).flip(0)
+        running = []
+        for value, momentum in zip(average, t.to(average.dtype).reciprocal()):
+            running.append(self.running_var.clone())
+            step = (value - self.running_var).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+            self.running_var.add_(step * momentum.clamp(min=self.momentum))
+        squared = average + self.eps
+        ratio = torch.where((t > 1)[:, None], squared / (torch.stack(running) + self.eps), 1.0)
+        r = ratio.sqrt().clamp(1 / self.renorm_clip, self.renorm_clip)
+        return Factors(mean, squared, r * squared.rsqrt())
 
 
 @NORM_REGISTRY.register(name="MABN_Shift")
@@ -288,13 +292,6 @@ class GrowingMABN2d(_MovingAverageMABN2d):
         weights = (age < spans).to(windows.dtype) / spans  # (G, m)
         return torch.bmm(weights[:, None], windows)[:, 0]
 
-    @torch.no_grad()
-    def _update_statistics(self, x, batches):
-        shift = self.running_mean.expand(batches.num, -1)
-        second_moment = batches.mean(second_moment_about(batches.split(x), batches.spread(shift)))
-        average = self._average(second_moment, self.second_moment)
-        return self._factors(average, self.second_moment.count, shift)
-
 
 @NORM_REGISTRY.register(name="MABN_Rescaled")
 class RescaledMABN2d(_AblatedMABN2d):
@@ -304,9 +301,14 @@ class RescaledMABN2d(_AblatedMABN2d):
     With q_t = ‖W_t‖² of each filter of the centralized kernel, before batch t all stored χ²_B and χ̂² are multiplied by
     q_t / q_{t-1}. As χ² is quadratic in W, this is what they were for the new scale. ψ does not depend on the scale.
 
+    Attributes:
+        has_kernel: whether it has seen the kernel of a convolution.
+
     Buffers:
         kernel_square: q of the last batch, shape (C,); 0 before the first.
     """
+
+    has_kernel = False
 
     @functools.wraps(MABN2d.__init__)
     def __init__(self, *args, **kwargs):
@@ -316,6 +318,7 @@ class RescaledMABN2d(_AblatedMABN2d):
     @torch.no_grad()
     def follow(self, kernel: torch.Tensor) -> None:
         """Takes notice of the kernel that the next batch is computed with, shape (C, ...)."""
+        self.has_kernel = True
         square = kernel.to(self.kernel_square.dtype).square().flatten(1).sum(1)
         ratio = torch.where(self.kernel_square > 0, square / self.kernel_square, 1.0)
         self.second_moment.values.mul_(ratio)
@@ -323,7 +326,7 @@ class RescaledMABN2d(_AblatedMABN2d):
         self.kernel_square.copy_(square)
 
     def _update_statistics(self, x, batches):
-        if not self.kernel_square.any():
+        if not self.has_kernel:
             raise ValueError("MABN_Rescaled must be the norm of a convolution, Conv2d(norm=...)")
         return super()._update_statistics(x, batches)
 
@@ -369,33 +372,22 @@ class CenteredMABN2d(BatchStatisticsNorm2d):
     δ = 0. Evaluation is BN's with μ̂ (`running_mean`) and σ̂² (`running_var`). The loss must not be scaled.
     """
 
-    @checked
-    def __init__(
-        self,
-        num_features: PositiveInteger,
-        eps: PositiveNumber = 1e-5,
-        momentum: Fraction = 0.02,
-        buffer_size: BatchesOf32Images = 16,
-        warmup_iters: IterationCount = 100,
-        renorm_clip: AtLeastOne = 5.0,
-        renorm_start_iter: IterationCount = 1000,
-        affine: bool = True,
-        device=None,
-        dtype=None,
-    ):
-        """The arguments are those of :class:`MABN2d`."""
-        super().__init__(num_features, eps, momentum, affine)
-        self.average_start_iter = max(buffer_size, warmup_iters - 1)
-        self.renorm_clip = renorm_clip
-        self.renorm_start_iter = max(renorm_start_iter, warmup_iters)
+    @functools.wraps(MABN2d.__init__)  # the options are MABN's
+    def __init__(self, *args, **kwargs):
+        own = _AblatedMABN2d(*args, **kwargs)
+        super().__init__(own.num_features, own.eps, own.momentum, own.affine)
+        num_features, buffer_size = own.num_features, own.psi.size
+        self.average_start_iter = own.average_start_iter
+        self.renorm_clip = own.renorm_clip
+        self.renorm_start_iter = max(own.renorm_start_iter, own.warmup_iters)
         # Of each batch, its means, then its variances.
         self.moments = RingBuffer(buffer_size, 2 * num_features)
         self.g = RingBuffer(buffer_size, num_features)
         self.psi = RingBuffer(buffer_size, num_features)
-        self.to(device=device, dtype=dtype)
+        self.to(own.running_var)
 
     def _average(self, statistics: torch.Tensor, ring: RingBuffer) -> torch.Tensor:
-        return record_and_average(statistics, ring.values, ring.count, self.average_start_iter)
+        return _average(statistics, ring, self.average_start_iter)
 
     @torch.no_grad()
     def _update_statistics(self, x, batches):
