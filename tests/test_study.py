@@ -459,6 +459,17 @@ def test_finished_runs_are_not_repeated_and_blocks_can_be_chosen(write_plan, sta
     assert nothing.names == []
 
 
+def test_a_row_of_uncommitted_code_is_not_copied(write_plan, start):
+    plan = write_plan()
+    study = start(plan, Pretended(), blocks=["lr"])
+    for row in list(study.results.rows):
+        study.results.replace({"run": row["run"]}, [{**row, "commit": "c0ffee+dirty"}])
+    launcher = Pretended()
+    study = start(plan, launcher)
+    assert len(launcher.names) == len(plan.block("main").runs)
+    assert not any(row["copy_of"] for row in study.rows.values())
+
+
 def test_a_failed_run_is_recorded_with_its_reason_and_repeated_only_if_asked(write_plan, start):
     plan = write_plan()
     nan = "FloatingPointError: Loss became infinite or NaN at iteration=5!"

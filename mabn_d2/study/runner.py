@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from tqdm import tqdm
 
 from ..utils.command_line import one_line
@@ -32,7 +33,7 @@ COLUMNS = (
 )  # fmt: skip
 CURVE_COLUMNS = ("iteration", "box_ap", "mask_ap", "top1_error", "loss")
 MATTERS = ("mabn_d2", "tools", "configs")  # what runs depend on
-POLL = 0.5  # seconds
+POLL = 1.0  # seconds
 
 
 def open_results(plan: Plan) -> tuple[Results, Results]:
@@ -132,12 +133,17 @@ def only_runner(plan: Plan) -> Iterator[int]:
     """
     plan.output.mkdir(parents=True, exist_ok=True)
     with open(plan.output / "lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{plan.output}/lock is held: a runner of {plan.file} is at work, or runs that have outlived it"
-            ) from None
+        for attempt in range(5, -1, -1):  # whoever asks for the state holds it for a moment
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt:
+                    time.sleep(0.1)
+                    continue
+                raise ValueError(
+                    f"{plan.output}/lock is held: a runner of {plan.file} is at work, or runs that have outlived it"
+                ) from None
         yield lock.fileno()
 
 
@@ -303,11 +309,11 @@ class Runner:
         return {row["run"]: row for row in self.results.rows}
 
     def retry_failed(self) -> None:
-        """Forgets the rows of runs that failed."""
+        """Forgets runs that failed, which then start anew."""
         failed = [{"run": run.id} for run in self.todo if self.rows.get(run.id, {}).get("error")]
         self.results.forget(failed)
         for row in failed:
-            (self.plan.output / "runs" / row["run"] / "done.json").unlink(missing_ok=True)
+            shutil.rmtree(self.plan.output / "runs" / row["run"], ignore_errors=True)
 
     def run(self) -> None:
         """Until all runs have a row, or the ones that are left depend on one that failed or is left out."""
@@ -332,8 +338,9 @@ class Runner:
     def _start_next(self) -> bool:
         """Starts what can be started; whether that was anything."""
         started = False
+        done = self.rows.keys()
         for run in self.todo:
-            if run.id in self.rows or run.id in self.running:
+            if run.id in done or run.id in self.running:
                 continue
             free = self.jobs - sum(r.slots for r, _ in self.running.values())
             if free < min(run.slots, self.jobs):
@@ -373,7 +380,8 @@ class Runner:
         """Takes the row of a run with the same command, if there is one."""
         command = run.command(self.lrs[run.id])
         for row in self.results.rows:
-            if (row["command"], row["weights"]) == (command, run.weights) and not row["error"]:
+            usable = not row["error"] and (self.dirty or not row["commit"].endswith("+dirty"))
+            if (row["command"], row["weights"]) == (command, run.weights) and usable:
                 self._record(run, {**row, "copy_of": row["copy_of"] or row["run"]})
                 return True
         return False
@@ -381,11 +389,11 @@ class Runner:
     def _start(self, run: Run) -> None:
         folder = folder_of(self.plan, run)
         lr = self.lrs[run.id]
-        origin = {"command": run.command(lr), "commit": self.commit}
+        origin = {"command": run.command(lr), "weights": run.weights, "commit": self.commit}
         with contextlib.suppress(OSError, ValueError):
             before = json.loads((folder / "origin.json").read_text())
             usable = self.dirty or not before["commit"].endswith("+dirty")
-            if before["command"] == origin["command"] and usable:
+            if {**before, "commit": self.commit} == origin and usable:
                 origin = before
             else:
                 shutil.rmtree(folder)
@@ -444,7 +452,7 @@ class Runner:
         try:
             values, curve = measure(run, folder)
             row = {**values, **row}
-        except Exception as error:  # whatever is wrong with one run's files, the others go on
+        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError) as error:
             row["error"] = row["error"] or f"its results cannot be read: {one_line(error)}"
         row["commit"] = json.loads((folder / "origin.json").read_text())["commit"]
         self._record(run, row, curve)

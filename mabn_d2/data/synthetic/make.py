@@ -219,7 +219,6 @@ def _write_image(task: _Task, index: int) -> dict:
         content = Content.random(rng)
         scene = draw(rng, task.size, content)
         image = random_camera(rng, scene.image.astype(np.float32))
-        about["texture"] = content.texture
     else:
         scene = draw(rng, task.size)
         image = scene.image.astype(np.float32)
