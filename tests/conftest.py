@@ -1,5 +1,6 @@
 import importlib.util
 import logging
+import signal
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ import mabn_d2  # noqa: F401  registers the norms
 
 # The models of the tests are small; threads that wait for one another on a busy machine cost more.
 torch.set_num_threads(1)
+
+# A shell's background jobs ignore SIGINT, and the processes that tests interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

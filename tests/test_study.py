@@ -1006,7 +1006,7 @@ def test_a_study_that_is_interrupted_goes_on_where_it_was(tmp_path):
     while not (folder / "last_checkpoint").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    (plan.output / "PAUSE").touch()  # or it may be over before it is interrupted
+    (plan.output / "PAUSE").touch()  # a paused run is interrupted, too
     running = subprocess.run([*command, "status"], **options)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
