@@ -150,6 +150,8 @@ def test_every_group_of_keys_refuses_another_value_as_a_whole(shapes, tmp_path, 
         (["SOLVER.IMS_PER_BATCH", 3], r"SOLVER.IMS_PER_BATCH must be .* workers \(2\), got 3"),
         (["SOLVER.IMS_PER_BATCH", 2, "SOLVER.REFERENCE_WORLD_SIZE", 8], "of SOLVER.REFERENCE_WORLD"),
         (["SOLVER.AMP.ENABLED", True], "SOLVER.AMP.ENABLED needs a GPU"),
+        (["SOLVER.VIRTUAL_WORKERS", 0], "SOLVER.VIRTUAL_WORKERS must be a positive integer, got 0"),
+        (["SOLVER.VIRTUAL_WORKERS", 2], "SOLVER.VIRTUAL_WORKERS 2 are those of one process, got --num-gpus for 2"),
         (["INPUT.MASK_FORMAT", "rle"], "INPUT.MASK_FORMAT must be 'polygon' or 'bitmask', got 'rle'"),
         (["INPUT.MIN_SIZE_TRAIN", "()"], "INPUT.MIN_SIZE_TRAIN must be a list of at least 1 element"),
         (["INPUT.CROP.ENABLED", True, "INPUT.CROP.SIZE", [384, 600]], "INPUT.CROP.SIZE must be at mo"),
@@ -173,6 +175,15 @@ def test_a_wrong_value_is_named_with_what_is_accepted(shapes, tmp_path, options,
         check(cfg, "--num-gpus", "2")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    "key", ["SOLVER.AMP.ENABLED", "TEST.PRECISE_BN.ENABLED", "STATISTICS.ENABLED", "MODEL.MBN.DOUBLE_FORWARD"]
+)  # fmt: skip
+def test_what_virtual_workers_do_not_go_with_is_named(shapes, tmp_path, key):
+    norm = ["MODEL.RESNETS.NORM", "MBN"] if "MBN" in key else []
+    cfg = config(shapes, tmp_path / "output", "SOLVER.VIRTUAL_WORKERS", 2, key, True, *norm)
+    assert_refused(cfg, f"SOLVER.VIRTUAL_WORKERS 2 needs {key} False")
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,17 @@ def test_the_command_of_a_classifier_has_overrides_and_the_norm_batch(write_plan
     assert run.norm_batch == 4 and run.level == ""
 
 
+def test_virtual_workers_are_an_option_of_the_training(write_plan):
+    protocols = {"P2": {"images": 16, "virtual_workers": 8}}
+    few, all_ = write_plan(
+        blocks={"p2": block(norms=["BN", "BN(16)"], protocols="P2")}, protocols=protocols
+    ).runs
+    assert (few.workers, few.virtual_workers, few.norm_batch, few.slots) == (1, 8, 2, 1)
+    assert "SOLVER.VIRTUAL_WORKERS 8" in few.command(0.01) and "--num-gpus" not in few.command(0.01)
+    assert (all_.virtual_workers, all_.norm_batch) == (1, 16)
+    assert "VIRTUAL" not in all_.command(0.01)
+
+
 def test_a_norm_over_all_images_runs_in_one_process_where_others_have_workers(write_plan):
     few, all_ = write_plan(blocks={"p2": block(norms=["BN", "BN(16)"], protocols="P2")}).runs
     assert (few.workers, few.norm_batch, few.slots) == (8, 2, 2)
@@ -197,6 +208,7 @@ NEAR = {"run": "lr/looks-P1-BN-lr0.01-s{seed}"}
         ({"blocks": {"lr": LR, "a": block(seeds=[2], weights=NEAR)}}, "no block before has the run lr/looks-P1-BN-lr0.01-s2 (similar"),
         ({"tasks": {"shapes": {"tool": "train", "config": "a", "norm": "b"}}}, "tasks.shapes.tool: no 'train'"),
         ({"protocols": {"P1": {"images": "two"}}}, "protocols.P1.images must be an integer of at least 1, got 'two'"),
+        ({"protocols": {"P1": {"images": 2, "virtual_workers": True}}}, "protocols.P1.virtual_workers must be an integer of at least 1, got True"),
         ({"protocols": {"P1": {"images": 2, "workers": 0}}}, "protocols.P1.workers must be an integer of at least 1, got 0"),
         ({"blocks": {"a": block(weights={"import": "exact"})}}, "blocks.a.weights must have either run or file, got import"),
         ({"blocks": {"a": block(weights={"run": "b", "file": "c"})}}, "blocks.a.weights must have either run or file, got run, file"),

@@ -37,22 +37,24 @@ class _SeededSamples(Dataset):
     """
     Samples of a data set, each with random numbers of its own, addressed by pairs (draw, index).
 
-    What a sample looks like depends on the seed, the rank and the draw, and neither on the process that
-    loads it nor on what it has loaded before. As with Detectron2's `MapDataset`, another sample takes
+    What a sample looks like depends on the seed and on its place in the draws of all workers, and not on the
+    process that loads it, on what that has loaded before, or on the number of workers. As with Detectron2's `MapDataset`, another sample takes
     the place of one that is None.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, rank: int):
+    def __init__(self, dataset: Dataset, seed: int):
         self.dataset = dataset
         self.seed = seed
-        self.rank = rank  # the process that loads a sample need not know it
+        # The process that loads a sample need not know them.
+        self.rank, self.world_size = comm.get_rank(), comm.get_world_size()
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, draw_and_index: tuple[int, int]):
         draw, index = draw_and_index
-        with temporary_seed(seed_from(self.seed, self.rank, draw)):
+        place = self.rank + self.world_size * draw  # samplers deal the indices out in turn
+        with temporary_seed(seed_from(self.seed, 0, place)):
             for _ in range(1000):
                 sample = self.dataset[index]
                 if sample is not None:
@@ -114,7 +116,7 @@ class ResumableLoader:
         with temporary_seed(self.seed):
             return iter(
                 DataLoader(
-                    _SeededSamples(self.dataset, self.seed, comm.get_rank()),
+                    _SeededSamples(self.dataset, self.seed),
                     batch_sampler=self._batches(),
                     num_workers=self.num_workers,
                     collate_fn=self.collate_fn,

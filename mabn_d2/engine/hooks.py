@@ -73,7 +73,7 @@ class PreciseStatistics(HookBase):
 
 class SyncNormStatistics(HookBase):
     """
-    Averages the statistics of the norms over all workers before each evaluation and checkpoint.
+    Averages the statistics of the norms over all workers, virtual ones too, before each evaluation and checkpoint.
 
     Every worker normalizes with its own statistics in training, that is the point of MABN. What is
     evaluated and saved must be one model. The moving averages are averaged along with the running
@@ -92,6 +92,7 @@ class SyncNormStatistics(HookBase):
         next_iter = self.trainer.iter + 1
         is_final = next_iter == self.trainer.max_iter
         if is_final or any(next_iter % period == 0 for period in self._periods):
+            self.trainer.virtual_workers.average()
             average_norm_statistics(self.trainer.model)
 
 

@@ -3,8 +3,9 @@
 import itertools
 import logging
 import random
+import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,51 @@ from torch import nn
 
 from ..checkpoint import Checkpointer
 from ..surgery import measure_statistics
-from ..training import average_norm_statistics
+from ..training import VirtualWorkers, average_norm_statistics
 from ..utils.random import seed_from
 from .hooks import statistics_batches, update_norm_statistics
 
 logger = logging.getLogger(__name__)
 STATISTICS_ITERS = 50  # training batches for the statistics that weights do not hold
+
+
+class TrainerInTurns(SimpleTrainer):
+    """A `SimpleTrainer` whose step is that of several workers with a part of each batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable,
+        optimizer: torch.optim.Optimizer,
+        workers: VirtualWorkers,
+        seed: Callable[[int], None],
+    ):
+        """
+        Args:
+            seed: called with a worker's index before its turn.
+        """
+        super().__init__(model, data_loader, optimizer)
+        self.workers, self.seed = workers, seed
+
+    def run_step(self) -> None:
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        self.optimizer.zero_grad()
+        count = self.workers.count
+        losses: dict[str, torch.Tensor] = {}
+        for index in range(count):
+            self.seed(index)
+            with self.workers.turn(index):
+                # What a sampler deals out to workers in turn.
+                own = self.model(batch[index::count])
+                sum(own.values()).backward()
+            for name, loss in own.items():
+                losses[name] = losses.get(name, 0) + loss.detach() / count
+        self.workers.average_gradients()
+        self.after_backward()
+        self._write_metrics(losses, data_time)
+        self.optimizer.step()
 
 
 class ResumableTrainer(DefaultTrainer):
@@ -50,6 +90,7 @@ class ResumableTrainer(DefaultTrainer):
         weights: str,
         weights_import: str,
         amp: bool,
+        virtual_workers: int = 1,
         **ddp_options,
     ):
         """
@@ -60,6 +101,7 @@ class ResumableTrainer(DefaultTrainer):
             weights: what training starts from if it does not resume; "" for the initialization.
             weights_import: as of :class:`mabn_d2.checkpoint.Checkpointer`.
             amp: whether to train in mixed precision.
+            virtual_workers: as how many workers to train in this process.
             ddp_options: of `create_ddp_model`.
         """
         # DefaultTrainer's own constructor builds all of this from a yacs config, for GPUs.
@@ -70,8 +112,14 @@ class ResumableTrainer(DefaultTrainer):
         if not next(model.parameters()).is_cuda:
             ddp_options["device_ids"] = None
         model = create_ddp_model(model, **ddp_options)
-        trainer_class = AMPTrainer if amp else SimpleTrainer
-        self._trainer = trainer_class(model, train_loader, optimizer)
+        self.virtual_workers = VirtualWorkers(model, virtual_workers)
+        if virtual_workers > 1:
+            self._trainer = TrainerInTurns(
+                model, train_loader, optimizer, self.virtual_workers, self._seed
+            )
+        else:
+            trainer_class = AMPTrainer if amp else SimpleTrainer
+            self._trainer = trainer_class(model, train_loader, optimizer)
         self.checkpointer = Checkpointer(
             model, output_dir, weights_import=weights_import, trainer=weakref.proxy(self)
         )
@@ -96,12 +144,13 @@ class ResumableTrainer(DefaultTrainer):
         self._place_loader()
         if self.checkpointer.unmeasured:
             self._estimate_statistics()
+        self.virtual_workers.start()
 
     def _estimate_statistics(self) -> None:
         """What `weights_import` leaves to the training data."""
         model, unmeasured = self.checkpointer.model, self.checkpointer.unmeasured
         self.iter = -1  # the batches are none of training's
-        self._seed()
+        self._seed(comm.get_rank())
         batches = itertools.islice(statistics_batches(self), STATISTICS_ITERS)
         if self.checkpointer.weights_import == "adapt":
             update_norm_statistics(model, batches, STATISTICS_ITERS)
@@ -126,24 +175,28 @@ class ResumableTrainer(DefaultTrainer):
             loader: Any = self.train_loader
             loader.seed, loader.start_iter = self.seed, self.start_iter
 
-    def _seed(self) -> None:
+    def _seed(self, worker: int) -> None:
         """Makes all random choices those of the seed, the worker and the iteration."""
-        torch_seed = seed_from(self.seed, comm.get_rank(), self.iter)
+        torch_seed = seed_from(self.seed, worker, self.iter)
         random.seed(torch_seed)
         np.random.seed(torch_seed)
         torch.manual_seed(torch_seed)
 
+    @property
+    def num_workers(self) -> int:
+        """Processes, or the virtual workers of this one."""
+        return comm.get_world_size() * self.virtual_workers.count
+
     def run_step(self) -> None:
-        self._seed()
+        self._seed(comm.get_rank())
         super().run_step()
 
     def state_dict(self):
-        num_workers = comm.get_world_size()
-        return {**super().state_dict(), "seed": self.seed, "num_workers": num_workers}
+        return {**super().state_dict(), "seed": self.seed, "num_workers": self.num_workers}
 
     def load_state_dict(self, state_dict):
         folder = self.checkpointer.save_dir
-        check_trainer_state(state_dict, folder, self.max_iter, comm.get_world_size())
+        check_trainer_state(state_dict, folder, self.max_iter, self.num_workers)
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)
         self.start_iter = self.iter + 1  # the checkpoint has the iteration that was completed

@@ -21,6 +21,7 @@ from detectron2.utils import comm
 
 from ..data.loader import build_train_loader
 from ..layers import MABN2d
+from ..plugin.registry import count_workers
 from ..surgery import fold
 from .hooks import build_hooks
 from .resumable import ResumableTrainer
@@ -54,7 +55,7 @@ class Trainer(ResumableTrainer):
             cfg: config of Detectron2, with or without the options of `add_mabn_config`. A negative
                 `SEED` stands for a random one, which is saved in the checkpoints.
         """
-        self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        self.cfg = cfg = self.auto_scale_workers(cfg, count_workers(cfg, comm.get_world_size()))
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         super().__init__(
@@ -67,6 +68,7 @@ class Trainer(ResumableTrainer):
             weights=cfg.MODEL.WEIGHTS,
             weights_import=cfg.MODEL.get("WEIGHTS_IMPORT", "exact"),
             amp=cfg.SOLVER.AMP.ENABLED,
+            virtual_workers=cfg.SOLVER.get("VIRTUAL_WORKERS", 1),
             broadcast_buffers=False,
         )
         _log_simulated_batch(model, cfg)
@@ -165,7 +167,7 @@ def _log_simulated_batch(model: torch.nn.Module, cfg: CfgNode) -> None:
     norms = [module for module in model.modules() if isinstance(module, MABN2d)]
     if not norms:
         return
-    images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()
+    images = cfg.SOLVER.IMS_PER_BATCH // count_workers(cfg, comm.get_world_size())
     size = norms[0].psi.size
     if not 16 <= images * size <= 64:
         logger.warning(

@@ -13,8 +13,8 @@ from .registry import NORM_REGISTRY, check_norm_names, norm_options
 
 def add_mabn_config(cfg: CfgNode) -> None:
     """
-    Adds `MODEL.<NAME>` with the options of each registered norm, `MODEL.NORM_BATCH_SIZE`
-    and `MODEL.WEIGHTS_IMPORT`.
+    Adds `MODEL.<NAME>` with the options of each registered norm, `MODEL.NORM_BATCH_SIZE`,
+    `MODEL.WEIGHTS_IMPORT`, `SOLVER.VIRTUAL_WORKERS` and `STATISTICS`.
 
     What an option does stands at the class of the norm, like :class:`mabn_d2.layers.MABN2d`. What
     the config has keeps its value, so norms that are registered later come in by calling this again.
@@ -42,6 +42,10 @@ def add_mabn_config(cfg: CfgNode) -> None:
     # no norm; "as_is", they load what has the right name; "adapt", the same, and training starts with
     # statistics of its own data. A resumed run loads what it saved.
     cfg.MODEL.setdefault("WEIGHTS_IMPORT", "exact")
+
+    # As how many workers one process trains: each has a part of SOLVER.IMS_PER_BATCH and statistics of its own,
+    # and the optimizer gets the mean of their gradients.
+    cfg.SOLVER.setdefault("VIRTUAL_WORKERS", 1)
 
     # The ℓ2 norms of the batch statistics of norms, into metrics.json and TensorBoard.
     statistics = cfg.setdefault("STATISTICS", CfgNode())

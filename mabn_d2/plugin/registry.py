@@ -150,10 +150,16 @@ def option_of_key(key: str) -> tuple[Callable, str] | None:
     return None
 
 
+def count_workers(cfg: CfgNode, processes: int) -> int:
+    """How many workers as many processes are."""
+    return processes * cfg.SOLVER.get("VIRTUAL_WORKERS", 1)
+
+
 def _images_per_norm(cfg: CfgNode) -> int:
     """How many images a norm in a worker sees at a time."""
     solver = cfg.SOLVER
-    images = max(1, solver.IMS_PER_BATCH // (solver.REFERENCE_WORLD_SIZE or comm.get_world_size()))
+    workers = solver.REFERENCE_WORLD_SIZE or count_workers(cfg, comm.get_world_size())
+    images = max(1, solver.IMS_PER_BATCH // workers)
     return min(images, cfg.MODEL.get("NORM_BATCH_SIZE", 0) or images)
 
 

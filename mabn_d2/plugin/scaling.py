@@ -56,7 +56,7 @@ def scale_config(cfg: CfgNode, num_workers: int, scale_schedule: Callable) -> Cf
             key = option.upper()
             if key in node:
                 before, node[key] = node[key], _scale(node[key], ratio)
-                if name in _norm_names(cfg):
+                if name in norm_names(cfg):
                     changes.append(f"MODEL.{name}.{key} {before} -> {node[key]}")
     if changes:
         logger.info(f"Scaled to {_workers(num_workers)}: {', '.join(changes)}")
@@ -193,11 +193,11 @@ def _norm_values(node: Any, path: str) -> Iterator[tuple[Any, Any, str]]:
                 yield from _norm_values(node[key], f"{path}.{key}")
 
 
-def _norm_names(node: CfgNode) -> set[str]:
+def norm_names(node: CfgNode) -> set[str]:
     """The values of all `NORM` keys of a config."""
     names = {value for key, value in node.items() if key == "NORM" and isinstance(value, str)}
     return names.union(
-        *(_norm_names(value) for value in node.values() if isinstance(value, CfgNode))
+        *(norm_names(value) for value in node.values() if isinstance(value, CfgNode))
     )
 
 

@@ -23,6 +23,7 @@ class Tool(NamedTuple):
     seed: str
     images: str
     norm_batch: str
+    virtual_workers: str  # "" if it has none
     output: str
     weights: str
     weights_import: str
@@ -38,11 +39,11 @@ class Tool(NamedTuple):
 TOOLS = {
     "train_net": Tool(
         "tools/train_net.py", "SOLVER.BASE_LR", "SEED", "SOLVER.IMS_PER_BATCH", "MODEL.NORM_BATCH_SIZE",
-        "OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.WEIGHTS_IMPORT", ("box_ap", "mask_ap"),
+        "SOLVER.VIRTUAL_WORKERS", "OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.WEIGHTS_IMPORT", ("box_ap", "mask_ap"),
     ),
     "lazyconfig_train_net": Tool(
         "tools/lazyconfig_train_net.py", "optimizer.lr", "train.seed", "dataloader.train.total_batch_size",
-        "model.norm_batch_size", "train.output_dir", "train.init_checkpoint", "train.weights_import",
+        "model.norm_batch_size", "", "train.output_dir", "train.init_checkpoint", "train.weights_import",
         ("top1_error",),
     ),
 }  # fmt: skip
@@ -71,7 +72,8 @@ class Run:
     imports: tuple[str, ...]
     options: _Node = field(repr=False)
     images: int
-    workers: int
+    workers: int  # processes
+    virtual_workers: int  # of each process
     norm_batch: int  # images that a norm takes its statistics from
     slots: int  # how many of the --jobs it counts as
     lr_block: str = ""  # "best of" this block
@@ -162,7 +164,7 @@ _KEYS = {
     "tasks": {"tool", "config", "norm", "options", "import"},
     "norms": {"norm", "options", "import", "config", "lr_of", "one_process", "scratch"},
     "levels": {"options"},
-    "protocols": {"images", "workers", "norm_batch", "slots", "options"},
+    "protocols": {"images", "workers", "virtual_workers", "norm_batch", "slots", "options"},
     "blocks": {
         "title", "task", "norms", "levels", "protocols", "lr", "seeds", "options", "weights", "differences",
     },
@@ -191,7 +193,7 @@ def _plan(file: Path, content: Any) -> Plan:
     for name, task in tables["tasks"].items():
         _look_up(task["tool"], TOOLS, f"tasks.{name}.tool")
     for name, protocol in tables["protocols"].items():
-        least = {"images": 1, "workers": 1, "slots": 1, "norm_batch": 0}
+        least = {"images": 1, "workers": 1, "virtual_workers": 1, "slots": 1, "norm_batch": 0}
         for key in least.keys() & protocol:
             value = protocol[key]
             if type(value) is not int or value < least[key]:
@@ -264,7 +266,9 @@ def _run(
         raise ValueError(f"{where} must have either run or file, got {', '.join(weights)}")
     if norm.get("scratch"):
         weights = {}
-    workers = 1 if norm.get("one_process") else protocol.get("workers", 1)
+    workers, virtual_workers = (
+        1 if norm.get("one_process") else protocol.get(key, 1) for key in ("workers", "virtual_workers")
+    )  # fmt: skip
     options: dict[str, Any] = {}
     layer = norm.get("norm", what["norm"])
     if layer is not None:
@@ -272,6 +276,10 @@ def _run(
     options[tool.images] = protocol["images"]
     if "norm_batch" in protocol and not norm.get("one_process"):
         options[tool.norm_batch] = protocol["norm_batch"]
+    if virtual_workers > 1:
+        if not tool.virtual_workers:
+            raise ValueError(f"protocols.{what['protocol']}.virtual_workers: {tool.file} has none")
+        options[tool.virtual_workers] = virtual_workers
     if "import" in weights:
         options[tool.weights_import] = weights["import"]
     for kind in ("task", "protocol", "level", "norm", "block"):
@@ -284,8 +292,8 @@ def _run(
         block=block, lr=lr, seed=seed, tool=tool, **what,
         config=norm.get("config", task["config"]),
         imports=(*_list(task.get("import", []), str, "import"), *_list(norm.get("import", []), str, "import")),
-        options=options, images=protocol["images"], workers=workers,
-        norm_batch=options.get(tool.norm_batch) or protocol["images"] // workers,
+        options=options, images=protocol["images"], workers=workers, virtual_workers=virtual_workers,
+        norm_batch=options.get(tool.norm_batch) or protocol["images"] // (workers * virtual_workers),
         slots=1 if workers == 1 else protocol.get("slots", workers),
         lr_block=lr_block.name if lr_block else "", lr_norm=norm.get("lr_of", what["norm"]),
         weights=start.replace("{seed}", str(seed)), weights_file="file" in weights,

@@ -79,7 +79,7 @@ def remaining(
     known: dict[tuple, list[float]] = {}
 
     def kinds(run: Run) -> list[tuple]:
-        kind = run.task, run.images, run.workers
+        kind = run.task, run.images, run.workers, run.virtual_workers
         return [(*kind, run.norm), kind]
 
     for run in plan.runs:
@@ -464,7 +464,7 @@ class Runner:
         lr = self.lrs.get(run.id)
         fixed = {
             "block": run.block, "task": run.task, "level": run.level, "protocol": run.protocol,
-            "norm": run.norm, "norm_batch": run.norm_batch, "workers": run.workers,
+            "norm": run.norm, "norm_batch": run.norm_batch, "workers": run.workers * run.virtual_workers,
             "lr": "" if lr is None else f"{lr:g}", "lr_from": run.lr_block, "seed": run.seed,
             "weights": run.weights, "command": run.command(lr),
         }  # fmt: skip

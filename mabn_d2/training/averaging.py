@@ -11,10 +11,15 @@ from ..layers import Norm2d
 _NORMS_WITH_STATISTICS = (Norm2d, nn.modules.batchnorm._BatchNorm)
 
 
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module is a norm that gathers statistics in training."""
+    return isinstance(module, _NORMS_WITH_STATISTICS)
+
+
 def norm_statistics(model: nn.Module) -> Iterator[torch.Tensor]:
     """The statistics that norms gather in training, as the tensors of the model itself."""
     for module in model.modules():
-        if isinstance(module, _NORMS_WITH_STATISTICS):
+        if has_statistics(module):
             yield from module.buffers()
 
 

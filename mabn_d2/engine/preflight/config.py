@@ -10,8 +10,8 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler, build_optimizer
 from detectron2.utils.file_io import PathManager
 
-from ...plugin.registry import check_norm_names, norm_options
-from ...plugin.scaling import check_batch, scaling_notice
+from ...plugin.registry import check_norm_names, count_workers, norm_options
+from ...plugin.scaling import check_batch, norm_names, scaling_notice
 from ..resumable import check_trainer_state
 from ..trainer import EVALUATORS
 from .build import build, check_layers, quiet
@@ -43,7 +43,10 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     check_compiled_operators(cfg)
     check_norm_names(cfg)
     norm_options(cfg)
-    num_workers = args.num_gpus * args.num_machines
+    processes = args.num_gpus * args.num_machines
+    num_workers = count_workers(cfg, processes)
+    if not args.eval_only:
+        _check_virtual_workers(cfg, processes)
     _check_together(cfg, num_workers, args.eval_only)
     check_output_dir(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     state = check_start(cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS", cfg.OUTPUT_DIR, args.resume)
@@ -63,7 +66,7 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> list[str]:
     with quiet():
         for name in () if args.eval_only else cfg.DATASETS.TRAIN:
             warnings += check_training_data(
-                name, "DATASETS.TRAIN", _needs(cfg), hand_over=num_workers == 1
+                name, "DATASETS.TRAIN", _needs(cfg), hand_over=processes == 1
             )
     return warnings
 
@@ -113,6 +116,24 @@ def _check_together(cfg: CfgNode, num_workers: int, eval_only: bool) -> None:
     crop = cfg.INPUT.CROP
     if crop.ENABLED and crop.TYPE.startswith("relative") and max(crop.SIZE) > 1:
         raise ValueError(f"INPUT.CROP.SIZE must be at most 1 with {crop.TYPE!r}, got {crop.SIZE}")
+
+
+def _check_virtual_workers(cfg: CfgNode, processes: int) -> None:
+    solver = cfg.SOLVER
+    if solver.VIRTUAL_WORKERS == 1:
+        return
+    key = f"SOLVER.VIRTUAL_WORKERS {solver.VIRTUAL_WORKERS}"
+    if processes > 1:
+        raise ValueError(f"{key} are those of one process, got --num-gpus for {processes}")
+    double_forward = "MBN" in norm_names(cfg) and cfg.MODEL.MBN.DOUBLE_FORWARD
+    for other, found in (
+        ("SOLVER.AMP.ENABLED", solver.AMP.ENABLED),
+        ("TEST.PRECISE_BN.ENABLED", cfg.TEST.PRECISE_BN.ENABLED),
+        ("STATISTICS.ENABLED", cfg.STATISTICS.ENABLED),
+        ("MODEL.MBN.DOUBLE_FORWARD", double_forward),
+    ):
+        if found:
+            raise ValueError(f"{key} needs {other} False")
 
 
 def _check_proposals(cfg: CfgNode, split: str) -> None:
