@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from collections import namedtuple
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from mabn_d2 import BRN2d, MABN2d, MBN2d, centralize, set_norm_batch_size
 from mabn_d2.data import make_synthetic_coco
 from mabn_d2.statistics import Thresholds, advise, diagnose
+from mabn_d2.statistics.advice import model_noise
 from mabn_d2.statistics.diagnosis import split_batch
 from mabn_d2.training import population_statistics
 
@@ -284,6 +286,34 @@ def test_advice_near_a_threshold_is_undecided():
     assert near.sentence.startswith("Undecided, rather BN: over 2 images")
 
 
+class NetworkWithAHead(Network):
+    """Whose last layers see the batches without a mark only."""
+
+    def forward(self, x):
+        x, is_marked = x
+        if not is_marked[0]:
+            return super().forward(x)
+        return self[2](self[1](self[0](x))).pow(3).mean()
+
+
+def test_steps_in_which_a_layer_saw_nothing_have_no_error_and_keep_their_place():
+    torch.manual_seed(0)
+    marks = [step % 3 == 1 for step in range(2 * STEPS)]
+    data = [(x, torch.tensor([mark] * len(x))) for x, mark in zip(batches(), marks)]
+    model = NetworkWithAHead("BN")
+    diagnosis = diagnose(model, data, STEPS)
+    first, head = diagnosis.layers
+    measured = torch.tensor(marks[STEPS // 2 : STEPS // 2 + STEPS])
+    assert first.squared_errors.isfinite().all()
+    assert torch.equal(head.squared_errors.isnan().all(1), measured)
+    assert head.squared_errors[~measured].isfinite().all()
+    dropped = [step for step in range(STEPS) if measured[step]]
+    weights = torch.ones(2, STEPS, dtype=torch.float64)
+    weights[1, dropped] = 5
+    both, _ = model_noise(diagnosis._replace(layers=[head]), weights)
+    assert both[0] == both[1] > 0
+
+
 # ---- what it takes -------------------------------------------------------------------------------
 
 
@@ -292,6 +322,9 @@ def test_a_batch_of_any_shape_is_cut_into_images():
     first, second = split_batch([tensor, {"label": tensor[:, 0]}])
     assert first[0].tolist() == [[0, 1, 2]] and second[1]["label"].tolist() == [3]
     assert split_batch([{"image": tensor}, {"image": tensor}]) == [[{"image": tensor}]] * 2
+    sample = namedtuple("sample", "image label")
+    first, second = split_batch(sample(tensor, tensor[:, 0]))
+    assert isinstance(second, sample) and second.label.tolist() == [3]
     with pytest.raises(ValueError, match=r"members of a batch have \[2, 3\] images"):
         split_batch((tensor, tensor[0]))
     with pytest.raises(ValueError, match="A batch that is a str needs a `split` of its own"):

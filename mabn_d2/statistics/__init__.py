@@ -2,7 +2,7 @@
 
 from .advice import THRESHOLDS, Advice, Thresholds, advise
 from .diagnosis import Diagnosis, LayerDiagnosis, diagnose
-from .recorder import Record, StatisticsRecorder, is_norm, select_norms
+from .recorder import Record, StatisticsRecorder, can_be_recorded, select_norms
 
 __all__ = [
     "THRESHOLDS",
@@ -13,7 +13,7 @@ __all__ = [
     "StatisticsRecorder",
     "Thresholds",
     "advise",
+    "can_be_recorded",
     "diagnose",
-    "is_norm",
     "select_norms",
 ]

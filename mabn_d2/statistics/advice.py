@@ -78,9 +78,8 @@ def model_noise(diagnosis: Diagnosis, weights: torch.Tensor) -> tuple[torch.Tens
     def over_layers(squares: list[torch.Tensor]) -> torch.Tensor:
         noises = []
         for of_layer in squares:
-            of_steps = weights[:, : len(of_layer)]  # a head may have seen nothing in some
-            count = (of_steps @ of_layer.isfinite().double()).clamp(min=1)
-            mean = of_steps @ of_layer.nan_to_num() / count
+            count = (weights @ of_layer.isfinite().double()).clamp(min=1)
+            mean = weights @ of_layer.nan_to_num() / count
             noises.append((mean @ factors).clamp(min=0).sqrt())
         return torch.stack(noises).median(0).values
 

@@ -6,7 +6,7 @@ Normalization, ICLR 2020, section 3, https://arxiv.org/abs/2001.06838
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import mode
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from ..ops import affine_map, channel_mean_var, gradient_sums
 from ..training.population import gathers_statistics, population_statistics
 from ..training.recording import no_recording
 from .moments import clipped_share, moving_average_and_r
-from .recorder import is_norm
+from .recorder import can_be_recorded
 
 QUANTITIES = ("mean", "var", "grad_mean", "grad_dot")
 
@@ -164,6 +164,8 @@ def split_batch(batch: Any) -> list[Any]:
         raise ValueError(f"The members of a batch have {[len(part) for part in parts]} images")
     if isinstance(batch, dict):
         return [dict(zip(batch, image)) for image in zip(*parts)]
+    if hasattr(batch, "_fields"):  # a named tuple
+        return [type(batch)(*image) for image in zip(*parts)]
     return [type(batch)(image) for image in zip(*parts)]
 
 
@@ -243,7 +245,7 @@ def _find_norms(model: nn.Module) -> dict[str, nn.Module]:
     norms = {
         name: module
         for name, module in model.named_modules()
-        if is_norm(module)
+        if can_be_recorded(module)
         or {"weight", "bias", "running_mean", "running_var"} <= {*module._buffers}
     }
     if not norms:
@@ -332,7 +334,7 @@ class _ImageSums:
         self.shift: torch.Tensor | None = None
         self._image: torch.Tensor | None = None
         self._images: list[torch.Tensor | None] = []
-        self._steps: list[torch.Tensor] = []  # each of shape (images, 2, 6, C)
+        self._steps: list[torch.Tensor | None] = []  # each of shape (images, 2, 6, C)
 
     def __call__(self, norm: nn.Module, args: tuple, out: torch.Tensor) -> None:
         x = args[0].detach()
@@ -375,29 +377,37 @@ class _ImageSums:
 
     def end_step(self) -> None:
         images, self._images = self._images, []
-        seen = next((image for image in images if image is not None), None)
-        if seen is not None:
-            filled = [torch.zeros_like(seen) if image is None else image for image in images]
-            self._steps.append(torch.stack(filled).to(self._dtype))
+        image_sums = _filled(images)
+        self._steps.append(None if image_sums is None else image_sums.to(self._dtype))
 
     @property
     def has_values(self) -> bool:
-        return bool(self._steps)
+        return any(step is not None for step in self._steps)
 
     def diagnose(self, name: str, train_eval: float, clipped: float | None) -> LayerDiagnosis:
-        steps = torch.stack(self._steps).double()  # (steps, images, 2, 6, C)
+        steps = _filled(self._steps).double()  # (steps, images, 2, 6, C)
+        has_seen = torch.tensor([step is not None for step in self._steps])
         size = min(getattr(self.norm, "norm_batch_size", 0) or steps.shape[1], steps.shape[1])
         units = _Units(self.norm, steps.sum((0, 1, 2)))
         of_image = steps.sum(2)
         starts = range(0, steps.shape[1], size)
         batches = torch.stack([of_image[:, i : i + size].sum(1) for i in starts], 1)
         squared = units.errors(batches, own_mean=True).square().nanmean((1, 3))  # (steps, 4)
-        squared *= len(steps) * len(starts) / max(len(steps) * len(starts) - 1, 1)
+        count = int(has_seen.sum()) * len(starts)
+        squared *= count / max(count - 1, 1)
         common, share = _common_part(units, steps, size)
         return LayerDiagnosis(
-            name, type(self.norm).__name__, size, batches[:, :, 0, 0].mean().item(), squared, common,
+            name, type(self.norm).__name__, size, batches[has_seen, :, 0, 0].mean().item(), squared, common,
             dict(zip(QUANTITIES, share.tolist())), train_eval, clipped,
         )  # fmt: skip
+
+
+def _filled(sums: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """The sums of all, with zeros where nothing was seen; None if that is everywhere."""
+    seen = next((entry for entry in sums if entry is not None), None)
+    if seen is None:
+        return None
+    return torch.stack([torch.zeros_like(seen) if entry is None else entry for entry in sums])
 
 
 class _Units:

@@ -37,7 +37,7 @@ class Record(NamedTuple):
     values: tuple[float, ...]
 
 
-def is_norm(module: nn.Module) -> bool:
+def can_be_recorded(module: nn.Module) -> bool:
     """Whether the module is a norm over a 4-D input whose statistics can be recorded."""
     return isinstance(module, _BATCH_NORMS)
 
@@ -53,7 +53,7 @@ def select_norms(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module
     Raises:
         ValueError: a pattern matches no norm of the model.
     """
-    norms = {name: module for name, module in model.named_modules() if is_norm(module)}
+    norms = {name: module for name, module in model.named_modules() if can_be_recorded(module)}
     for pattern in layers:
         if not fnmatch.filter(norms, pattern):
             names = list(norms)

@@ -11,16 +11,15 @@ from ..layers import Norm2d
 _NORMS_WITH_STATISTICS = (Norm2d, nn.modules.batchnorm._BatchNorm)
 
 
-def has_statistics(module: nn.Module) -> bool:
-    """Whether a module is a norm that gathers statistics in training."""
-    return isinstance(module, _NORMS_WITH_STATISTICS)
+def norms_with_statistics(model: nn.Module) -> list[nn.Module]:
+    """The norms of a model that gather statistics in training."""
+    return [module for module in model.modules() if isinstance(module, _NORMS_WITH_STATISTICS)]
 
 
 def norm_statistics(model: nn.Module) -> Iterator[torch.Tensor]:
     """The statistics that norms gather in training, as the tensors of the model itself."""
-    for module in model.modules():
-        if has_statistics(module):
-            yield from module.buffers()
+    for norm in norms_with_statistics(model):
+        yield from norm.buffers()
 
 
 @torch.no_grad()

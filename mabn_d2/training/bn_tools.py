@@ -19,7 +19,7 @@ from ..layers import CentralizedKernel, Norm2d
 from ..utils.replace import replace_everywhere
 
 
-def _gathers_statistics(module: nn.Module) -> bool:
+def _is_our_unfrozen_norm(module: nn.Module) -> bool:
     return isinstance(module, Norm2d) and not module.frozen
 
 
@@ -28,7 +28,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 
 def _stays_unfrozen(module: nn.Module) -> bool:
-    return _gathers_statistics(module) and module.training and not _is_batch_norm(module)
+    return _is_our_unfrozen_norm(module) and module.training and not _is_batch_norm(module)
 
 
 def _has_another_kernel(module: nn.Module) -> bool:
@@ -51,13 +51,13 @@ _OWN = "its statistics are its point: leave it as it is, or use SyncBatchNorm fr
 _FREEZE = "call requires_grad_(False) on it first, which freezes it"
 
 TOOLS = [
-    _Tool("torch.optim.swa_utils", "update_bn", _gathers_statistics,
+    _Tool("torch.optim.swa_utils", "update_bn", _is_our_unfrozen_norm,
           "does not update", _POPULATION),
     _Tool("torch.nn.modules.batchnorm", "SyncBatchNorm.convert_sync_batchnorm", _is_batch_norm,
           "would replace", _OWN),
     _Tool("torch.nn.utils.fusion", "fuse_conv_bn_eval", _has_another_kernel,
           "would fold into the raw kernel of", "use mabn_d2.surgery.fold"),
-    _Tool("fvcore.nn.precise_bn", "get_bn_modules", _gathers_statistics,
+    _Tool("fvcore.nn.precise_bn", "get_bn_modules", _is_our_unfrozen_norm,
           "(update_bn_stats, PreciseBN) does not know", _PRECISE),
     _Tool("detectron2.layers.batch_norm", "FrozenBatchNorm2d.convert_frozen_batchnorm",
           _stays_unfrozen, "does not freeze", _FREEZE),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .averaging import has_statistics
+from .averaging import norms_with_statistics
 
 
 class VirtualWorkers:
@@ -40,8 +40,8 @@ class VirtualWorkers:
 
     def start(self) -> None:
         """Every worker gets the statistics that the model has now."""
-        norms = [module for module in self.model.modules() if has_statistics(module)]
-        self._modules = list(dict.fromkeys(part for norm in norms for part in norm.modules()))
+        parts = (part for norm in norms_with_statistics(self.model) for part in norm.modules())
+        self._modules = list(dict.fromkeys(parts))
         self._buffers = [[module._buffers for module in self._modules]]
         for _ in range(1, self.count):
             self._buffers.append(
