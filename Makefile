@@ -30,10 +30,12 @@ PIP = -m pip install --quiet --disable-pip-version-check --no-deps
 # Tests of one file share what is slow to make, and stay in one process.
 PYTEST := -m pytest --numprocesses 2 --dist loadfile
 
-SHAPES_MABN := configs/quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn.yaml
-DEMO := output/shapes_mask_rcnn_R_18_FPN_mabn
+DEMO := shapes_mask_rcnn_R_26_FPN_mabn
 CLASSIFIER := output/fashion_mnist_resnet18_mabn_2
-TRANSFER := $(DEMO)_transfer
+SHAPES_MABN := configs/quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn.yaml
+TRANSFER := output/shapes_mask_rcnn_R_18_FPN_mabn_transfer
+# The recipe scales to the GPUs that are there; on the CPU it has one worker per core of two.
+GPUS = import torch; print(min(2, torch.cuda.device_count()) or 2)
 
 .PHONY: setup setup-newest setup-compiled demo transfer test test-newest test-compiled test-fast test-fast-newest test-fast-compiled \
 	test-dry-gpu test-dry-gpu-newest test-dry-gpu-compiled gpu gpu-rehearsal gpu-bundle lint format dist \
@@ -78,12 +80,13 @@ demo transfer: export MALLOC_MMAP_MAX_ = 0
 demo transfer: export MALLOC_TRIM_THRESHOLD_ = 20000000000
 demo transfer: export DETECTRON2_DATASETS = datasets
 
-# Trains a small Mask R-CNN with MABN on two images per step and evaluates it.
-demo: setup datasets/shapes
-	$(RUN) tools/train_net.py --resume --config-file $(SHAPES_MABN) OUTPUT_DIR $(DEMO)
-	$(RUN) tools/report.py $(DEMO)
+# Trains a small Mask R-CNN with MABN on two images per worker and evaluates it.
+demo: setup datasets/shapes_alike
+	$(RUN) tools/train_net.py --resume --num-gpus $$($(RUN) -c "$(GPUS)") \
+		--config-file configs/quick_schedules/$(DEMO).yaml OUTPUT_DIR output/$(DEMO)
+	$(RUN) tools/report.py output/$(DEMO)
 
-# Trains a classifier on real images, and from its backbone the demo's Mask R-CNN by the demo's schedule.
+# Trains a classifier on real images, and from its backbone a Mask R-CNN.
 transfer: setup datasets/shapes datasets/fashion-mnist
 	$(RUN) tools/lazyconfig_train_net.py --resume \
 		--config-file configs/FashionMNIST/resnet18_mabn_2.py train.output_dir=$(CLASSIFIER)
@@ -96,6 +99,9 @@ transfer: setup datasets/shapes datasets/fashion-mnist
 
 datasets/shapes: | setup
 	$(RUN) tools/make_synthetic_coco.py datasets --train 1000 --val 200
+
+datasets/shapes_alike: | setup
+	$(RUN) tools/make_synthetic_coco.py datasets --train 8000 --val 300 --workers 2 --variety alike
 
 # The three varieties of the data of configs/study/shapes.yaml: DETECTRON2_DATASETS=datasets/study.
 datasets/study: | setup
