@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +81,11 @@ def plan_of(folder, **changes):
 
 @pytest.fixture
 def write_plan(tmp_path):
+    """A plan, beside which there is something under the name of its data."""
+    annotations = tmp_path / "shapes" / "annotations" / "instances_train.json"
+    annotations.parent.mkdir(parents=True)
+    annotations.touch()
+
     def write_plan(**changes):
         file = tmp_path / "study.yaml"
         file.write_text(yaml.safe_dump(plan_of(tmp_path, **changes), sort_keys=False))
@@ -589,13 +595,23 @@ def test_an_interruption_stops_what_runs_and_the_next_call_goes_on_with_its_comm
     assert launcher.stopped == [folder.name for folder in launcher.started]
     assert not (plan.output / "running.json").exists()
     monkeypatch.undo()
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(plan.output))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(plan.file.parent))
     monkeypatch.setattr(runner, "current_commit", lambda plan, dirty: "later")
     monkeypatch.setattr(runner, "checkout", lambda plan, commit: Path(commit))
     monkeypatch.setattr(runner, "measure", lambda run, folder: ({"box_ap": 1.0}, []))
     study = runner.Runner(plan, Pretended(), 2, blocks=["lr"])
     study.run()
     assert [r["commit"] for r in study.results.rows] == ["c0ffee", "c0ffee", "later", "later"]
+
+
+def test_data_that_are_missing_are_named_before_anything_starts(write_plan, start, tmp_path):
+    options = {"DATASETS.TRAIN": ["shapes_train"], "DATASETS.TEST": ["shapes_val"]}
+    plan, launcher = write_plan(levels={"looks": {"options": options}}), Pretended()
+    file = tmp_path / "shapes" / "annotations" / "instances_val.json"
+    message = f"{plan.runs[0].id} needs {file}, which does not exist. `make datasets/study` draws"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        start(plan, launcher)
+    assert not launcher.started and not plan.results.exists()
 
 
 def test_a_result_that_no_runner_has_recorded_is_recorded_by_the_next_one(write_plan, start):
@@ -949,6 +965,27 @@ def test_each_figure_is_drawn(filled, kind, tmp_path, monkeypatch):
     drawn.clear()
     figures.FIGURES[kind](plan, plan.block("main"), {}, {}, tmp_path / "a.png")
     assert drawn == []
+
+
+def test_a_figure_over_norm_batches_keeps_levels_and_learning_rates_apart(
+    write_plan, tmp_path, monkeypatch
+):
+    of_both = block(
+        norms=["BN(16)"], levels=["looks", "alike"], lr=[0.01, 0.02], protocols=["P1", "P2"]
+    )
+    plan = write_plan(blocks={"main": of_both})
+    rows = {run.id: row(run, number) for number, run in enumerate(plan.runs)}
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, picture: drawn.append(figure))
+    figures.plot_norm_batch(plan, plan.block("main"), rows, {}, tmp_path / "a.png")
+    (figure,) = drawn
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["looks, LR 0.01", "looks, LR 0.02", "alike, LR 0.01", "alike, LR 0.02"]
+    expected = [
+        [float(rows[run.id]["box_ap"]) for run in plan.runs if (run.level, run.lr) == group]
+        for group in [("looks", 0.01), ("looks", 0.02), ("alike", 0.01), ("alike", 0.02)]
+    ]
+    assert [list(axes.get_lines()[0].get_ydata()) for axes in figure.axes] == expected
 
 
 def test_norms_of_a_figure_differ_in_colour_or_line(filled):

@@ -7,6 +7,14 @@ from .synthetic import SHAPES_FOLDERS
 from .synthetic.scenes import SHAPES
 
 
+def shapes_files(root: str) -> dict[str, str]:
+    """The annotations of each of the synthetic data sets, by its name."""
+    return {
+        f"{folder}_{split}": os.path.join(root, folder, "annotations", f"instances_{split}.json")
+        for folder, split in itertools.product(SHAPES_FOLDERS.values(), ("train", "val"))
+    }
+
+
 def register_shapes(root: str | None = None) -> None:
     """Registers `shapes_train` and `shapes_val` with Detectron2's catalogs.
 
@@ -24,9 +32,7 @@ def register_shapes(root: str | None = None) -> None:
 
     default: str = os.getenv("DETECTRON2_DATASETS", "datasets")
     root = os.path.expanduser(root or default)
-    for folder, split in itertools.product(SHAPES_FOLDERS.values(), ("train", "val")):
-        name = f"{folder}_{split}"
-        json_file = os.path.join(root, folder, "annotations", f"instances_{split}.json")
+    for name, json_file in shapes_files(root).items():
         if name in DatasetCatalog.list():
             if MetadataCatalog.get(name).json_file == json_file:
                 continue
@@ -36,4 +42,5 @@ def register_shapes(root: str | None = None) -> None:
             "thing_classes": list(SHAPES),
             "thing_dataset_id_to_contiguous_id": {k + 1: k for k in range(len(SHAPES))},
         }
+        folder, _, split = name.rpartition("_")
         register_coco_instances(name, metadata, json_file, os.path.join(root, folder, split))

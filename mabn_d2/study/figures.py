@@ -80,22 +80,29 @@ def plot_norm_batch(plan: Plan, block: Block, rows: Rows, _: Curves, picture: Pa
     """The result against the images that a norm takes its statistics from."""
     metric = block.tool.metrics[0]
     norms = list(dict.fromkeys(run.norm for run in block.runs))
-    figure, (axes,) = _axes(1, NAMES[metric], len(norms))
     sizes = sorted({run.norm_batch for run in block.runs})
-    for norm in norms:
-        points = {}
-        for size in sizes:
-            runs = [run for run in block.runs if (run.norm, run.norm_batch) == (norm, size)]
-            if values := by_seed(runs, rows, metric):
-                points[size] = mean(list(values.values()))
-        if points:
-            errors = np.nan_to_num([point.error for point in points.values()])
-            means = [point.mean for point in points.values()]
-            axes.errorbar(list(points), means, errors, label=norm, capsize=3, **_style(plan, norm))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, map(str, sizes))
-    axes.set_xlabel("images per normalization batch")
-    _finish(figure, axes, picture)
+    groups = list(dict.fromkeys((run.level, run.lr) for run in block.runs))
+    figure, row = _axes(len(groups), NAMES[metric], len(norms))
+    for axes, (level, lr) in zip(row, groups):
+        for norm in norms:
+            points = {}
+            for size in sizes:
+                key = norm, size, level, lr
+                runs = [r for r in block.runs if (r.norm, r.norm_batch, r.level, r.lr) == key]
+                if values := by_seed(runs, rows, metric):
+                    points[size] = mean(list(values.values()))
+            if points:
+                errors = np.nan_to_num([point.error for point in points.values()])
+                means = [point.mean for point in points.values()]
+                style = _style(plan, norm)
+                axes.errorbar(list(points), means, errors, label=norm, capsize=3, **style)
+        if len(groups) > 1:
+            rate = "" if lr is None else f"LR {lr:g}"
+            axes.set_title(", ".join(filter(None, [level, rate])))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.set_xlabel("images per normalization batch")
+    _finish(figure, row[-1], picture)
 
 
 def plot_looks(plan: Plan, block: Block, rows: Rows, _: Curves, picture: Path) -> None:

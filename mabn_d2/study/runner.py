@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from ..data.catalog import shapes_files
 from ..utils.command_line import one_line
 from ..utils.files import atomic_write
 from ..utils.results import Results
@@ -298,11 +299,23 @@ class Runner:
         for config in sorted({run.config for run in self.todo}):
             if not (ROOT / config).is_file():
                 raise ValueError(f"{plan.file}: the config {config} does not exist")
+        self._check_data()
         plan.results.parent.mkdir(parents=True, exist_ok=True)
         self.results, self.curves = open_results(plan)
         self.running: dict[str, tuple[Run, Any]] = {}
         self.lrs: dict[str, float | None] = {}
         self.paused = False
+
+    def _check_data(self) -> None:
+        files = shapes_files(self.datasets)
+        for run in self.todo:
+            for key, names in run.options.items():
+                for name in names if key.startswith("DATASETS.") else ():
+                    if name in files and not os.path.isfile(files[name]):
+                        raise ValueError(
+                            f"$DETECTRON2_DATASETS: {run.id} needs {files[name]}, which does not exist. "
+                            "`make datasets/study` draws all of them"
+                        )
 
     @property
     def rows(self) -> dict[str, dict[str, str]]:
