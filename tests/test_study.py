@@ -17,6 +17,7 @@ import yaml
 from detectron2.config import instantiate
 from detectron2.engine import default_argument_parser
 from detectron2.modeling import build_model
+from torch import nn
 
 from mabn_d2.checkpoint import Checkpointer
 from mabn_d2.data import make_synthetic_coco
@@ -24,7 +25,7 @@ from mabn_d2.engine import load_lazy_config, preflight
 from mabn_d2.layers import BRN2d, MABN2d
 from mabn_d2.plugin import load_config
 from mabn_d2.plugin.command_line import add_arguments, bring_in
-from mabn_d2.study import document, figures, job, measure, runner, tables
+from mabn_d2.study import affine_weights, document, figures, job, measure, runner, tables
 from mabn_d2.study.plan import TOOLS, load_plan
 
 from .helpers import CONFIGS, INSTANT, ROOT, load_tool
@@ -249,7 +250,7 @@ def test_a_plan_of_the_repository_has_configs_and_runs_that_differ(file):
     runs = load_plan(file).runs
     assert len({run.id for run in runs}) == len(runs) > 10
     assert {run.config for run in runs if not (ROOT / run.config).is_file()} == set()
-    distinct = {(run.id.partition("/")[0], run.command(run.lr), run.weights) for run in runs}
+    distinct = {(run.id.partition("/")[0], run.command(run.lr), run.start) for run in runs}
     assert len(distinct) == len(runs)  # no two names for one thing
 
 
@@ -542,6 +543,48 @@ def test_a_run_that_starts_from_a_copy_takes_the_weights_of_the_original(write_p
         assert arguments[arguments.index("MODEL.WEIGHTS") + 1] == source
     assert "mabn_d2.study.at_start" in first["arguments"]
     assert first["creates"] == str(launcher.started[-1] / "at_start.json") and not train["creates"]
+
+
+def test_weights_can_be_folded_into_affine_maps_first(write_plan, start):
+    norms = {
+        **plan_of(Path())["norms"], "MABN, affine": {"norm": "MABN", "affine_weights": True}
+    }  # fmt: skip
+    tune = block(norms=["MABN", "MABN, affine"], weights={"run": "lr/looks-P1-BN-lr0.01-s1"})
+    plan = write_plan(norms=norms, blocks={**plan_of(Path())["blocks"], "tune": tune})
+    launcher = Pretended()
+    study = start(plan, launcher, blocks=["lr", "tune"])
+    fold, evaluate, train = json.loads((launcher.started[-1] / "job.json").read_text())["commands"]
+    source = str(runner.folder_of(plan, plan.runs[0]) / "model_final.pth")
+    affine = str(launcher.started[-1] / "affine.pth")
+    assert fold["arguments"][1:] == ["-m", "mabn_d2.study.affine_weights", source, affine]
+    assert fold["creates"] == affine
+    for command in (evaluate, train):
+        arguments = command["arguments"]
+        assert arguments[arguments.index("MODEL.WEIGHTS") + 1] == affine
+    of_both = [study.rows[run.id] for run in plan.block("tune").runs]  # neither is a copy
+    assert [row["weights"] for row in of_both] == [plan.runs[0].id, f"{plan.runs[0].id}, affine"]
+    assert [row["copy_of"] for row in of_both] == ["", ""]
+
+
+def test_folded_weights_have_the_function_that_they_had_and_no_statistics(tmp_path):
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+
+    torch.manual_seed(0)
+    model = build()
+    nn.init.uniform_(model[1].weight, -1, 2)
+    nn.init.uniform_(model[1].bias)
+    nn.init.uniform_(model[1].running_mean)
+    nn.init.uniform_(model[1].running_var, 0.1, 3)
+    torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
+    affine_weights.main(str(tmp_path / "a.pth"), str(tmp_path / "b.pth"))
+    folded = torch.load(tmp_path / "b.pth")["model"]
+    assert sorted(folded) == ["0.bias", "0.weight", "1.bias", "1.weight", "2.bias", "2.weight"]
+    other = build()
+    other.load_state_dict(folded, strict=False)
+    other[1].eps = 0
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(other.eval()(x), model.eval()(x))
 
 
 def test_a_run_counts_as_its_slots_and_no_later_one_goes_first(write_plan, start):
@@ -1122,7 +1165,7 @@ def test_the_plan_of_fine_tuning_runs_from_sources_to_fine_tuned_detectors(data,
     assert rows["far/content-P1-from_scratch-lr0.001-s1"]["ap_at_start"] == ""
     found = []  # before the first step, by the same function
     for run in plan.block("near").runs:
-        assert run.weights == "detector/content-P1-BN-s1" and rows[run.id]["ap_at_start"]
+        assert run.weights == "detector/content-P1-BN-lr0.02-s1" and rows[run.id]["ap_at_start"]
         folder = runner.folder_of(plan, run) / "at_start" / "inference"
         found.append(json.loads((folder / "coco_instances_results.json").read_text()))
     assert len(found[0]) == len(found[1]) > 10

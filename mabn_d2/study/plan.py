@@ -80,6 +80,7 @@ class Run:
     lr_norm: str = ""  # ... for this norm
     weights: str = ""  # id of a run or, with `weights_file`, a file
     weights_file: bool = False
+    affine_weights: bool = False  # their BN's statistics folded into γ and β
 
     def arguments(self, lr: float | None) -> list[str]:
         """Of the tool, without output folder and weights: what tells one training from another."""
@@ -92,6 +93,11 @@ class Run:
         return [
             *imports, *workers, "--config-file", self.config, *self.tool.options(options)
         ]  # fmt: skip
+
+    @property
+    def start(self) -> str:
+        """Where training starts, as the results record it."""
+        return f"{self.weights}, affine" if self.affine_weights else self.weights
 
     def command(self, lr: float | None) -> str:
         """As the results record it."""
@@ -162,7 +168,7 @@ def load_plan(file: str | Path) -> Plan:
 _TABLES = ("tasks", "norms", "levels", "protocols", "blocks")
 _KEYS = {
     "tasks": {"tool", "config", "norm", "options", "import"},
-    "norms": {"norm", "options", "import", "config", "lr_of", "one_process", "scratch"},
+    "norms": {"norm", "options", "import", "config", "lr_of", "one_process", "scratch", "affine_weights"},
     "levels": {"options"},
     "protocols": {"images", "workers", "virtual_workers", "norm_batch", "slots", "options"},
     "blocks": {
@@ -297,6 +303,7 @@ def _run(
         slots=1 if workers == 1 else protocol.get("slots", workers),
         lr_block=lr_block.name if lr_block else "", lr_norm=norm.get("lr_of", what["norm"]),
         weights=start.replace("{seed}", str(seed)), weights_file="file" in weights,
+        affine_weights=bool(weights and norm.get("affine_weights")),
     )  # fmt: skip
 
 

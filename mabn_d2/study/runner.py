@@ -108,7 +108,7 @@ def outdated(plan: Plan, rows: dict[str, dict[str, str]]) -> list[str]:
         for run in plan.runs
         if (row := rows.get(run.id))
         and (row["command"], row["weights"])
-        != (run.command(float(row["lr"]) if row["lr"] else None), run.weights)
+        != (run.command(float(row["lr"]) if row["lr"] else None), run.start)
     ]
 
 
@@ -385,16 +385,16 @@ class Runner:
         if lr is None and run.lr_block:
             return False
         self.lrs[run.id] = lr
-        key = run.command(lr), run.weights
+        key = run.command(lr), run.start
         others = [other for other, _ in self.running.values()]
-        return all((other.command(self.lrs[other.id]), other.weights) != key for other in others)
+        return all((other.command(self.lrs[other.id]), other.start) != key for other in others)
 
     def _copy(self, run: Run) -> bool:
         """Takes the row of a run with the same command, if there is one."""
         command = run.command(self.lrs[run.id])
         for row in self.results.rows:
             usable = not row["error"] and (self.dirty or not row["commit"].endswith("+dirty"))
-            if (row["command"], row["weights"]) == (command, run.weights) and usable:
+            if (row["command"], row["weights"]) == (command, run.start) and usable:
                 self._record(run, {**row, "copy_of": row["copy_of"] or row["run"]})
                 return True
         return False
@@ -402,7 +402,7 @@ class Runner:
     def _start(self, run: Run) -> None:
         folder = folder_of(self.plan, run)
         lr = self.lrs[run.id]
-        origin = {"command": run.command(lr), "weights": run.weights, "commit": self.commit}
+        origin = {"command": run.command(lr), "weights": run.start, "commit": self.commit}
         with contextlib.suppress(OSError, ValueError):
             before = json.loads((folder / "origin.json").read_text())
             usable = self.dirty or not before["commit"].endswith("+dirty")
@@ -437,6 +437,11 @@ class Runner:
         if weights and not run.weights_file:
             trained = self.rows[weights]["copy_of"] or weights
             weights = str(self.plan.output.resolve() / "runs" / trained / "model_final.pth")
+        if run.affine_weights:
+            affine = str(folder / "affine.pth")
+            fold = ["-m", "mabn_d2.study.affine_weights", weights, affine]
+            commands.append({"arguments": [sys.executable, *fold], "creates": affine})
+            weights = affine
         start = tool.options({tool.weights: weights}) if weights else []
         if weights and tool is TOOLS["train_net"]:
             result = str(folder / "at_start.json")
@@ -479,7 +484,7 @@ class Runner:
             "block": run.block, "task": run.task, "level": run.level, "protocol": run.protocol,
             "norm": run.norm, "norm_batch": run.norm_batch, "workers": run.workers * run.virtual_workers,
             "lr": "" if lr is None else f"{lr:g}", "lr_from": run.lr_block, "seed": run.seed,
-            "weights": run.weights, "command": run.command(lr),
+            "weights": run.start, "command": run.command(lr),
         }  # fmt: skip
         row = {key: _as_text(value) for key, value in {**row, **fixed, "run": run.id}.items()}
         points = [{k: _as_text(v) for k, v in point.items()} for point in curve]
