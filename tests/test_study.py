@@ -971,6 +971,19 @@ def test_a_table_names_what_is_not_run_and_what_has_failed(write_plan):
     assert tables.block_table(main, {}).count("not run") == 3
 
 
+def test_a_table_of_what_starts_from_weights_has_the_result_before_the_first_step(write_plan):
+    blocks = {"main": block(norms=["BN", "MABN"], lr=[0.01, 0.02], seeds=[1, 2])}
+    (main,) = write_plan(blocks=blocks).blocks
+    rows = {run.id: row(run, 5, mask_ap="1") for run in main.runs}
+    assert "before" not in tables.block_table(main, rows)
+    for run in main.runs:
+        if run.norm == "BN":
+            rows[run.id]["ap_at_start"] = str(run.seed)
+    head, _, bn, mabn = (line.split("|")[1:-1] for line in tables.block_table(main, rows).splitlines())
+    assert head[1].strip() == "box AP before the first step"
+    assert bn[1].strip() == "1.5 ± 0.5" and mabn[1].strip() == "-"
+
+
 @pytest.fixture
 def filled(write_plan):
     """A plan, its rows and its curves."""

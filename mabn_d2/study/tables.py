@@ -90,7 +90,24 @@ def block_table(block: Block, rows: Rows) -> str:
         [norm, *(_cell(block, cells.runs(norm, column), rows) for column in cells.columns)]
         for norm in cells.norms
     ]
+    starts = [_start(cells, norm, rows) for norm in cells.norms]
+    if any(starts):
+        head.insert(1, "box AP before the first step")
+        for line, start in zip(body, starts):
+            line.insert(1, start or "-")
     return markdown(head, body)
+
+
+def _start(cells: Cells, norm: str, rows: Rows) -> str:
+    """What a norm makes of the weights, which no learning rate has changed yet."""
+    runs = [
+        run
+        for column in cells.columns
+        for run in cells.runs(norm, column)
+        if rows.get(run.id, {}).get("ap_at_start")
+    ]
+    values = by_seed(runs, rows, "ap_at_start")
+    return str(mean(list(values.values()))) if values else ""
 
 
 def _cell(block: Block, runs: Sequence[Run], rows: Rows) -> str:
