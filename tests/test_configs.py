@@ -38,7 +38,7 @@ EXPERIMENTS = [name for name in YAML_FILES if "Base-" not in name]
 LAZY_FILES = list_files("*.py")
 LAZY_EXPERIMENTS = [name for name in LAZY_FILES if not name.startswith("common/")]
 PAPER = "COCO-InstanceSegmentation/scratch_mask_rcnn_R_50_FPN_2x_mabn"
-DEMO = "quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn"
+SMALL = "quick_schedules/shapes_mask_rcnn_R_18_FPN_mabn"
 
 
 def load(name):
@@ -139,7 +139,7 @@ def test_the_papers_experiments_differ_in_norm_and_start_alone():
     }
 
 
-@pytest.mark.parametrize("mabn", [PAPER, DEMO])
+@pytest.mark.parametrize("mabn", [PAPER, SMALL])
 def test_the_rivals_of_mabn_differ_from_it_in_the_norm_alone(mabn):
     rivals = [name for name in EXPERIMENTS if re.fullmatch(f"{mabn[:-4]}(?!mabn).*", name[:-5])]
     assert len(rivals) >= 5
@@ -192,6 +192,7 @@ NORM_TYPES = {
 }
 NORMS_OF_A_RESNET = {
     18: 1 + 16 + 3,
+    26: 1 + 3 * 8 + 4,
     50: 1 + 3 * 16 + 4,
     101: 1 + 3 * 33 + 4,
 }  # stem, blocks, shortcuts

@@ -979,7 +979,9 @@ def test_a_table_of_what_starts_from_weights_has_the_result_before_the_first_ste
     for run in main.runs:
         if run.norm == "BN":
             rows[run.id]["ap_at_start"] = str(run.seed)
-    head, _, bn, mabn = (line.split("|")[1:-1] for line in tables.block_table(main, rows).splitlines())
+    head, _, bn, mabn = (
+        line.split("|")[1:-1] for line in tables.block_table(main, rows).splitlines()
+    )
     assert head[1].strip() == "box AP before the first step"
     assert bn[1].strip() == "1.5 ± 0.5" and mabn[1].strip() == "-"
 

@@ -1,4 +1,4 @@
-"""Stage `accuracy`: the demo's Mask R-CNN from scratch with each norm, as long as the time allows."""
+"""Stage `accuracy`: a small Mask R-CNN from scratch with each norm, as long as the time allows."""
 
 import os
 import statistics
