@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+from detectron2.engine import TrainerBase
 from detectron2.utils import comm
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mabn_d2 import BRN2d, MABN2d, MBN2d
 from mabn_d2.data import make_synthetic_coco
+from mabn_d2.engine import SyncNormStatistics
 from mabn_d2.training import VirtualWorkers, average_norm_statistics
 
 from .helpers.runs import train_a_worker, weights
@@ -117,6 +119,15 @@ def test_an_error_in_a_turn_leaves_the_first_workers_statistics_in_the_model():
         assert model[1].running_mean is not own
         raise RuntimeError
     assert model[1].running_mean is own
+
+
+def test_the_hook_that_averages_serves_a_trainer_without_virtual_workers():
+    class OwnTrainer(TrainerBase):
+        model, iter, max_iter = make_model(MABN2d), 3, 4
+
+    hook = SyncNormStatistics(2)
+    hook.trainer = OwnTrainer()
+    hook.after_step()
 
 
 def train(datasets, output, iterations, *options):

@@ -92,7 +92,9 @@ class SyncNormStatistics(HookBase):
         next_iter = self.trainer.iter + 1
         is_final = next_iter == self.trainer.max_iter
         if is_final or any(next_iter % period == 0 for period in self._periods):
-            self.trainer.virtual_workers.average()
+            workers = getattr(self.trainer, "virtual_workers", None)
+            if workers is not None:  # a trainer of one's own has none
+                workers.average()
             average_norm_statistics(self.trainer.model)
 
 
