@@ -21,6 +21,7 @@ from mabn_d2.data import make_synthetic_coco
 from mabn_d2.data.loader import build_train_loader
 from mabn_d2.engine import Trainer, load_lazy_config, preflight
 from mabn_d2.engine.preflight.values import leaves
+from mabn_d2.plugin import load_config
 
 from .helpers import CONFIGS, INSTANT
 
@@ -175,6 +176,13 @@ def test_a_wrong_value_is_named_with_what_is_accepted(shapes, tmp_path, options,
         check(cfg, "--num-gpus", "2")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "output").exists()
+
+
+def test_no_virtual_workers_are_refused_as_the_config_is_read():
+    with pytest.raises(
+        ValueError, match="SOLVER.VIRTUAL_WORKERS must be a positive integer, got 0"
+    ):
+        load_config(str(INSTANT), ["SOLVER.VIRTUAL_WORKERS", 0])
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,16 @@ def option_of_key(key: str) -> tuple[Callable, str] | None:
 
 
 def count_workers(cfg: CfgNode, processes: int) -> int:
-    """How many workers as many processes are."""
-    return processes * cfg.SOLVER.get("VIRTUAL_WORKERS", 1)
+    """
+    How many workers as many processes are.
+
+    Raises:
+        ValueError: of `SOLVER.VIRTUAL_WORKERS`.
+    """
+    virtual = cfg.SOLVER.get("VIRTUAL_WORKERS", 1)
+    if virtual < 1:
+        raise ValueError(f"SOLVER.VIRTUAL_WORKERS must be a positive integer, got {virtual}")
+    return processes * virtual
 
 
 def _images_per_norm(cfg: CfgNode) -> int:
