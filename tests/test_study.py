@@ -25,7 +25,7 @@ from mabn_d2.engine import load_lazy_config, preflight
 from mabn_d2.layers import BRN2d, MABN2d
 from mabn_d2.plugin import load_config
 from mabn_d2.plugin.command_line import add_arguments, bring_in
-from mabn_d2.study import affine_weights, document, figures, job, measure, runner, tables
+from mabn_d2.study import document, figures, job, measure, runner, tables, weights_as
 from mabn_d2.study.plan import TOOLS, load_plan
 
 from .helpers import CONFIGS, INSTANT, ROOT, load_tool
@@ -217,6 +217,7 @@ NEAR = {"run": "lr/looks-P1-BN-lr0.01-s{seed}"}
         ({"protocols": {"P1": {"images": "two"}}}, "protocols.P1.images must be an integer of at least 1, got 'two'"),
         ({"protocols": {"P1": {"images": 2, "virtual_workers": True}}}, "protocols.P1.virtual_workers must be an integer of at least 1, got True"),
         ({"protocols": {"P1": {"images": 2, "workers": 0}}}, "protocols.P1.workers must be an integer of at least 1, got 0"),
+        ({"norms": {"BN": {"weights_as": "folded"}}, "blocks": {"a": block()}}, "norms.BN.weights_as: no 'folded'"),
         ({"blocks": {"a": block(weights={"import": "exact"})}}, "blocks.a.weights must have either run or file, got import"),
         ({"blocks": {"a": block(weights={"run": "b", "file": "c"})}}, "blocks.a.weights must have either run or file, got run, file"),
         ({"blocks": {"a": block(seeds=[1, 1])}}, "blocks.a: several runs would have the id a/P1-BN-lr0.01-s1"),
@@ -545,28 +546,40 @@ def test_a_run_that_starts_from_a_copy_takes_the_weights_of_the_original(write_p
     assert first["creates"] == str(launcher.started[-1] / "at_start.json") and not train["creates"]
 
 
-def test_weights_can_be_folded_into_affine_maps_first(write_plan, start):
+def test_weights_can_be_rewritten_first(write_plan, start):
     norms = {
-        **plan_of(Path())["norms"], "MABN, affine": {"norm": "MABN", "affine_weights": True}
+        **plan_of(Path())["norms"], "MABN, affine": {"norm": "MABN", "weights_as": "affine"}
     }  # fmt: skip
     tune = block(norms=["MABN", "MABN, affine"], weights={"run": "lr/looks-P1-BN-lr0.01-s1"})
     plan = write_plan(norms=norms, blocks={**plan_of(Path())["blocks"], "tune": tune})
     launcher = Pretended()
     study = start(plan, launcher, blocks=["lr", "tune"])
-    fold, evaluate, train = json.loads((launcher.started[-1] / "job.json").read_text())["commands"]
+    first, *others = json.loads((launcher.started[-1] / "job.json").read_text())["commands"]
     source = str(runner.folder_of(plan, plan.runs[0]) / "model_final.pth")
-    affine = str(launcher.started[-1] / "affine.pth")
-    assert fold["arguments"][1:] == ["-m", "mabn_d2.study.affine_weights", source, affine]
-    assert fold["creates"] == affine
-    for command in (evaluate, train):
+    rewritten = str(launcher.started[-1] / "weights.pth")
+    assert first["arguments"][1:] == ["-m", "mabn_d2.study.weights_as", "affine", source, rewritten]
+    assert first["creates"] == rewritten and len(others) == 2  # evaluation, training
+    for command in others:
         arguments = command["arguments"]
-        assert arguments[arguments.index("MODEL.WEIGHTS") + 1] == affine
+        assert arguments[arguments.index("MODEL.WEIGHTS") + 1] == rewritten
     of_both = [study.rows[run.id] for run in plan.block("tune").runs]  # neither is a copy
     assert [row["weights"] for row in of_both] == [plan.runs[0].id, f"{plan.runs[0].id}, affine"]
     assert [row["copy_of"] for row in of_both] == ["", ""]
 
 
-def test_folded_weights_have_the_function_that_they_had_and_no_statistics(tmp_path):
+def test_a_norm_can_start_from_other_weights_than_its_block(write_plan):
+    own = {"norm": "MABN", "weights": {"run": "lr/looks-P1-MABN-lr0.01-s{seed}"}}
+    tune = block(norms=["MABN", "own"], weights={"run": "lr/looks-P1-BN-lr0.01-s{seed}"})
+    plan = write_plan(
+        norms={**plan_of(Path())["norms"], "own": own},
+        blocks={**plan_of(Path())["blocks"], "tune": tune},
+    )
+    starts = [run.start for run in plan.block("tune").runs]
+    assert starts == ["lr/looks-P1-BN-lr0.01-s1", "lr/looks-P1-MABN-lr0.01-s1"]
+
+
+@pytest.mark.parametrize("form", weights_as.FORMS)
+def test_rewritten_weights_have_the_function_that_they_had(tmp_path, form):
     def build():
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
 
@@ -576,13 +589,18 @@ def test_folded_weights_have_the_function_that_they_had_and_no_statistics(tmp_pa
     nn.init.uniform_(model[1].bias)
     nn.init.uniform_(model[1].running_mean)
     nn.init.uniform_(model[1].running_var, 0.1, 3)
-    torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
-    affine_weights.main(str(tmp_path / "a.pth"), str(tmp_path / "b.pth"))
-    folded = torch.load(tmp_path / "b.pth")["model"]
-    assert sorted(folded) == ["0.bias", "0.weight", "1.bias", "1.weight", "2.bias", "2.weight"]
+    classifier = {"model": model.state_dict(), "matching_heuristics": True, "optimizer": {}}
+    torch.save(classifier, tmp_path / "a.pth")
+    weights_as.main(form, str(tmp_path / "a.pth"), str(tmp_path / "b.pth"))
+    written = torch.load(tmp_path / "b.pth")
+    assert written.keys() == {"model", "matching_heuristics"}  # a detector finds its backbone
+    rewritten = written["model"]
+    second_moment = model[1].running_var + model[1].running_mean ** 2
+    var = torch.ones(4) if form == "affine" else second_moment
+    torch.testing.assert_close(rewritten["1.running_var"], var, atol=1e-4, rtol=0)
+    assert not rewritten["1.running_mean"].any()
     other = build()
-    other.load_state_dict(folded, strict=False)
-    other[1].eps = 1e-12  # PyTorch refuses 0
+    other.load_state_dict(rewritten, strict=False)
     x = torch.randn(2, 3, 5, 5)
     torch.testing.assert_close(other.eval()(x), model.eval()(x))
 
@@ -1146,6 +1164,11 @@ def remove_worktrees(output):
         subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", worktree], check=True)
 
 
+def detections_at_start(plan, run):
+    folder = runner.folder_of(plan, run) / "at_start" / "inference"
+    return json.loads((folder / "coco_instances_results.json").read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="runs start from a commit")
 def test_the_plan_of_fine_tuning_runs_from_sources_to_fine_tuned_detectors(data, tmp_path):
@@ -1160,9 +1183,16 @@ def test_the_plan_of_fine_tuning_runs_from_sources_to_fine_tuned_detectors(data,
         task = content["tasks"][name]
         task["options"] = {**task.get("options", {}), **few, "INPUT.MIN_SIZE_TEST": 64}
     content["tasks"]["classifier"]["options"] = {"train.max_iter": 4}
-    norms = {"near": ["FrozenBN", "MABN exact"], "far": ["from scratch", "MABN exact"]}
+    exact = [
+        "MABN exact", "MABN exact, mean absorbed", "MABN exact, shift follows the mean",
+        "MABN exact, affine weights",
+    ]  # fmt: skip
+    norms = {
+        "near": ["FrozenBN", "MABN exact"],
+        "far": ["from scratch", "FrozenBN", *exact, "MABN, weights of MABN"],
+    }
     blocks = content["blocks"]
-    for name in ("detector", "classifier", *norms):
+    for name in ("detector", "classifier", "classifier-mabn", *norms):
         blocks[name]["seeds"] = 1
         blocks[name].pop("differences", None)
     for name, some in norms.items():
@@ -1176,18 +1206,21 @@ def test_the_plan_of_fine_tuning_runs_from_sources_to_fine_tuned_detectors(data,
     assert done.returncode == 0, done.stderr
     plan = load_plan(file)
     rows = {row["run"]: row for row in runner.open_results(plan)[0].rows}
-    assert {row["error"] for row in rows.values()} == {""} and len(rows) == 6
+    assert {row["error"] for row in rows.values()} == {""} and len(rows) == 12
     assert rows["far/content-P1-from_scratch-lr0.001-s1"]["ap_at_start"] == ""
-    found = []  # before the first step, by the same function
-    for run in plan.block("near").runs:
-        assert run.weights == "detector/content-P1-BN-lr0.02-s1" and rows[run.id]["ap_at_start"]
-        folder = runner.folder_of(plan, run) / "at_start" / "inference"
-        found.append(json.loads((folder / "coco_instances_results.json").read_text()))
-    assert len(found[0]) == len(found[1]) > 10
-    for got, expected in zip(*found):
-        assert got["category_id"] == expected["category_id"]
-        np.testing.assert_allclose(got["bbox"], expected["bbox"], atol=0.01)
-        np.testing.assert_allclose(got["score"], expected["score"], atol=1e-4)
-    log = (runner.folder_of(plan, plan.block("far").runs[1]) / "output.txt").read_text()
+    assert {run.weights for run in plan.block("near").runs} == {"detector/content-P1-BN-lr0.02-s1"}
+    # Before the first step, by the same function.
+    for first, *others in (plan.block("near").runs, plan.block("far").runs[1:6]):
+        assert rows[first.id]["ap_at_start"]
+        expected = detections_at_start(plan, first)
+        assert len(expected) > 10
+        for other in others:
+            found = detections_at_start(plan, other)
+            assert len(found) == len(expected), other.id
+            for got, wanted in zip(found, expected):
+                assert got["category_id"] == wanted["category_id"]
+                np.testing.assert_allclose(got["bbox"], wanted["bbox"], atol=0.01)
+                np.testing.assert_allclose(got["score"], wanted["score"], atol=1e-4)
+    log = (runner.folder_of(plan, plan.block("far").runs[2]) / "output.txt").read_text()
     assert "norms with statistics and of 0 affine maps is kept" in log
     remove_worktrees(plan.output)

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from .weights_as import FORMS
+
 _Node = Mapping[str, Any]
 
 
@@ -80,7 +82,7 @@ class Run:
     lr_norm: str = ""  # ... for this norm
     weights: str = ""  # id of a run or, with `weights_file`, a file
     weights_file: bool = False
-    affine_weights: bool = False  # their BN's statistics folded into γ and β
+    weights_as: str = ""  # the form of `weights_as.py` that they get first
 
     def arguments(self, lr: float | None) -> list[str]:
         """Of the tool, without output folder and weights: what tells one training from another."""
@@ -97,7 +99,7 @@ class Run:
     @property
     def start(self) -> str:
         """Where training starts, as the results record it."""
-        return f"{self.weights}, affine" if self.affine_weights else self.weights
+        return ", ".join(filter(None, [self.weights, self.weights_as]))
 
     def command(self, lr: float | None) -> str:
         """As the results record it."""
@@ -168,7 +170,9 @@ def load_plan(file: str | Path) -> Plan:
 _TABLES = ("tasks", "norms", "levels", "protocols", "blocks")
 _KEYS = {
     "tasks": {"tool", "config", "norm", "options", "import"},
-    "norms": {"norm", "options", "import", "config", "lr_of", "one_process", "scratch", "affine_weights"},
+    "norms": {
+        "norm", "options", "import", "config", "lr_of", "one_process", "scratch", "weights", "weights_as",
+    },
     "levels": {"options"},
     "protocols": {"images", "workers", "virtual_workers", "norm_batch", "slots", "options"},
     "blocks": {
@@ -244,7 +248,8 @@ def _block(name: str, tables: Mapping[str, _Node], earlier: Sequence[Block]) -> 
     for run in runs:
         if run.weights and not run.weights_file and run.weights not in known:
             raise ValueError(
-                f"{where}.weights.run: no block before has the run {run.weights}{_hint(run.weights, known)}"
+                f"{where}: {run.id} starts from weights of a run, but no block before has the run "
+                f"{run.weights}{_hint(run.weights, known)}"
             )
     differences: list[tuple[str, str]] = []
     for pair in node.get("differences", []):
@@ -263,15 +268,17 @@ def _run(
         kind: tables[f"{kind}s"][name] or {} if name else {}
         for kind, name in {**what, "block": block}.items()
     }
-    task, norm, protocol, weights = (
-        nodes["task"], nodes["norm"], nodes["protocol"], nodes["block"].get("weights") or {},
-    )  # fmt: skip
-    where = f"blocks.{block}.weights"
+    task, norm, protocol = nodes["task"], nodes["norm"], nodes["protocol"]
+    own = "weights" in norm
+    where = f"norms.{what['norm']}.weights" if own else f"blocks.{block}.weights"
+    weights = (norm if own else nodes["block"]).get("weights") or {}
     _check(where, weights, {"run", "file", "import"})
     if weights and ("run" in weights) == ("file" in weights):
         raise ValueError(f"{where} must have either run or file, got {', '.join(weights)}")
     if norm.get("scratch"):
         weights = {}
+    if "weights_as" in norm:
+        _look_up(norm["weights_as"], FORMS, f"norms.{what['norm']}.weights_as")
     workers, virtual_workers = (
         1 if norm.get("one_process") else protocol.get(key, 1) for key in ("workers", "virtual_workers")
     )  # fmt: skip
@@ -303,7 +310,7 @@ def _run(
         slots=1 if workers == 1 else protocol.get("slots", workers),
         lr_block=lr_block.name if lr_block else "", lr_norm=norm.get("lr_of", what["norm"]),
         weights=start.replace("{seed}", str(seed)), weights_file="file" in weights,
-        affine_weights=bool(weights and norm.get("affine_weights")),
+        weights_as=norm.get("weights_as", "") if weights else "",
     )  # fmt: skip
 
 

@@ -437,11 +437,10 @@ class Runner:
         if weights and not run.weights_file:
             trained = self.rows[weights]["copy_of"] or weights
             weights = str(self.plan.output.resolve() / "runs" / trained / "model_final.pth")
-        if run.affine_weights:
-            affine = str(folder / "affine.pth")
-            fold = ["-m", "mabn_d2.study.affine_weights", weights, affine]
-            commands.append({"arguments": [sys.executable, *fold], "creates": affine})
-            weights = affine
+        if run.weights_as:
+            source, weights = weights, str(folder / "weights.pth")
+            rewrite = ["-m", "mabn_d2.study.weights_as", run.weights_as, source, weights]
+            commands.append({"arguments": [sys.executable, *rewrite], "creates": weights})
         start = tool.options({tool.weights: weights}) if weights else []
         if weights and tool is TOOLS["train_net"]:
             result = str(folder / "at_start.json")
