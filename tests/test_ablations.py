@@ -9,6 +9,7 @@ from detectron2.config import get_cfg
 from detectron2.modeling import build_backbone
 from torch import nn
 
+from mabn_d2 import from_bn
 from mabn_d2.layers import CenConv2d, CentralizedKernel, MABN2d, options_of
 from mabn_d2.plugin import NORM_REGISTRY
 from mabn_d2.study import ablations
@@ -297,6 +298,35 @@ def test_a_kernel_that_changes_in_scale_alone_changes_nothing(norm_class):
     assert torch.allclose(y, y_scaled) == follows
     assert torch.allclose(grad_x, grad_scaled) == follows
     assert torch.allclose(model.eval()(x), scaled.eval()(x)) == follows
+
+
+def test_psi_of_imported_weights_warms_up():
+    torch.manual_seed(0)
+    bn = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4, eps=EPS)).double()
+    nn.init.uniform_(bn[1].weight, 0.5, 2)
+    nn.init.uniform_(bn[1].running_mean)
+    nn.init.uniform_(bn[1].running_var, 0.5, 2)
+    norm = ablations.PsiWarmUpMABN2d(4, **{**OPTIONS, "renorm_clip": 1e6}).double()
+    model = nn.Sequential(CenConv2d(3, 4, 3, bias=False), norm).double()
+    from_bn(model, bn)
+    psis = []
+    for step in range(STEPS):
+        x, d = torch.randn(2, 3, 6, 6).double(), torch.randn(2, 4, 4, 4).double()
+        norm_input = model[0](x).detach().requires_grad_()
+        running = norm.running_var + EPS
+        output = norm(norm_input)
+        output.backward(d)
+        average = norm.second_moment.values.mean(0) + EPS
+        z = (norm_input.detach() - channels(norm.running_mean)) / channels(average.sqrt())
+        same(output, (channels(norm.weight * (average / running).sqrt()) * z).detach())
+        g = d * channels(norm.weight.detach() * (average / running).sqrt())
+        psis.append((g * z).mean((0, 2, 3)))
+        own = step + 1 <= M or step + 1 < WARMUP
+        psi = torch.stack(psis[-1 if own else -M :]).mean(0)
+        same(norm_input.grad, (g - z * channels(psi)) / channels(average.sqrt()))
+    saved = copy.deepcopy(norm)
+    saved.load_state_dict(state(norm))
+    assert_same_state(state(saved), state(norm))  # what has warmed up goes on
 
 
 def test_without_a_convolution_there_is_no_scale_to_follow():

@@ -16,6 +16,7 @@ MABN_CentralizedShift x - s for x, and centralized kernels
 MABN_ForwardOnly      ψ̄ = ψ_B
 MABN_BackwardOnly     χ̄² = χ²_B and r = 1
 MABN_FromStart        r from the second batch on, χ̂² with a momentum of max(`momentum`, 1/t)
+MABN_PsiWarmUp        ψ̄ = ψ_B in the first batches after weights of BN were imported
 MABN_Growing          averages of the last min(m, max(1, ⌊t / `warmup_iters`⌋)) batches
 MABN_Rescaled         stored χ²_B and χ̂² follow ‖W‖² of the kernel in front
 MBN_Memory            evaluation with w_i ∝ decay^i, the last batch not set apart
@@ -183,6 +184,21 @@ class BackwardAverageMABN2d(_AblatedMABN2d):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.second_moment = self._ring(1)
+
+
+@NORM_REGISTRY.register(name="MABN_PsiWarmUp")
+class PsiWarmUpMABN2d(MABN2d):
+    """
+    ψ̄ of imported weights warms up, where MABN's is an average over zeros at first.
+
+    A ψ that is loaded as 0 counts from 0: ψ̄ = ψ_B in the next max(m, `warmup_iters` - 1) batches.
+    """
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        values, count = (state_dict.get(f"{prefix}psi.{name}") for name in ("values", "count"))
+        if values is not None and count is not None and not values.any():
+            state_dict[f"{prefix}psi.count"] = torch.zeros_like(count)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class _MovingAverageMABN2d(_AblatedMABN2d):
