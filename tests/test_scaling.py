@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 from detectron2.config import LazyConfig
 from detectron2.engine import DefaultTrainer
+from detectron2.modeling import build_model
 from omegaconf import OmegaConf
 
 from mabn_d2.engine import Trainer
@@ -142,6 +143,35 @@ def test_buffer_size_0_spans_32_images_of_a_worker_or_of_a_normalization_batch(
                "MODEL.NORM_BATCH_SIZE", norm_batch)  # fmt: skip
     assert cfg.MODEL.MABN.BUFFER_SIZE == 0
     assert norm_options(cfg)["MABN"]["buffer_size"] == expected
+
+
+# ---- the warm-up that lasts to the first decay of the learning rate -------------------------------
+
+
+@pytest.mark.parametrize("workers, expected", [(8, 400), (2, 1600), (16, 200)])
+def test_a_warm_up_of_minus_1_lasts_to_the_first_step_of_the_scaled_schedule(workers, expected):
+    cfg = load(QUICK, "SOLVER.IMS_PER_BATCH", 16, "SOLVER.REFERENCE_WORLD_SIZE", 8,
+               "SOLVER.STEPS", (400, 500), "MODEL.MABN.WARMUP_ITERS", -1)  # fmt: skip
+    scaled = scale(cfg, workers)
+    assert scaled.MODEL.MABN.WARMUP_ITERS == -1
+    assert norm_options(scaled)["MABN"]["warmup_iters"] == expected == scaled.SOLVER.STEPS[0]
+    options = norm_options(load(QUICK, "SOLVER.STEPS", (400, 500)))
+    assert options["MABN"]["warmup_iters"] == load(QUICK).MODEL.MABN.WARMUP_ITERS > 0
+
+
+def test_a_model_has_the_warm_up_of_its_schedule():
+    cfg = load(QUICK, "SOLVER.STEPS", (400, 500), "MODEL.MABN.WARMUP_ITERS", -1,
+               "MODEL.RESNETS.NORM", "MABN")  # fmt: skip
+    norms = [m for m in build_model(cfg).modules() if isinstance(m, MABN2d)]
+    assert norms and {norm.warmup_iters for norm in norms} == {400}
+
+
+@pytest.mark.parametrize(
+    "options", [["SOLVER.STEPS", ()], ["SOLVER.STEPS", (9000,)], ["SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"]]
+)  # fmt: skip
+def test_without_a_decay_before_the_end_there_is_no_such_warm_up(options):
+    with pytest.raises(ValueError, match="MODEL.MABN.WARMUP_ITERS -1 stands for the first of SOLV"):
+        load(QUICK, "MODEL.MABN.WARMUP_ITERS", -1, "SOLVER.MAX_ITER", 8000, *options)
 
 
 def test_the_layer_itself_takes_a_positive_size_alone():

@@ -164,6 +164,10 @@ def test_evaluation_alone_prints_the_table_of_the_checkpoint(uninterrupted, shap
             ["MODEL.MABN.BUFFER_SIZE", 2.5],
             "MODEL.MABN.BUFFER_SIZE must be a positive integer, or 0 for 32 / images per worker, got 2.5",
         ),
+        (
+            ["MODEL.MABN.WARMUP_ITERS", -2],
+            "MODEL.MABN.WARMUP_ITERS must be a non-negative integer, or -1 for the first of SOLVER.STEPS, got -2",
+        ),
         (["MODEL.MABN.MOMENTUM", 2.0], r"MODEL.MABN.MOMENTUM must be a number in (0, 1], got 2.0"),
         (["MODEL.MABN.EPS", "small"], "MODEL.MABN.EPS"),
         (["MODEL.FPN.NORM", "MABM"], "MODEL.FPN.NORM must be one of MABN, BRN, MBN, BN, SyncBN"),

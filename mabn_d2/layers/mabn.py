@@ -31,6 +31,7 @@ from .options import (
     Lag,
     PositiveInteger,
     PositiveNumber,
+    WarmupIterations,
     checked,
 )
 from .ring_buffer import RingBuffer
@@ -138,7 +139,7 @@ class MABN2d(Norm2d):
         eps: PositiveNumber = 1e-5,
         momentum: Fraction = 0.02,
         buffer_size: BatchesOf32Images = 16,
-        warmup_iters: IterationCount = 100,
+        warmup_iters: WarmupIterations = 100,
         renorm_clip: AtLeastOne = 5.0,
         renorm_start_iter: IterationCount = 1000,
         lag: Lag = 0,
@@ -155,7 +156,7 @@ class MABN2d(Norm2d):
             buffer_size: m, how many batches a moving average spans. The paper averages over 32
                 images: m = 32 / (images per GPU).
             warmup_iters: iterations that use the batch's own statistics. It is never less than
-                `buffer_size`.
+                `buffer_size`. In a config, -1 is those to the first of `SOLVER.STEPS`.
             renorm_clip: λ ≥ 1, the bound of r.
             renorm_start_iter: last iteration with r = 1.
             lag: 1 leaves the current batch out of the moving averages.

@@ -29,10 +29,11 @@ class CountsIterations:
     """Of an option that grows as the schedule does, when fewer workers take more iterations."""
 
 
-class SpansImages(NamedTuple):
-    """Of an option that counts batches: a config's 0 stands for as many as hold so many images."""
+class StandIn(NamedTuple):
+    """Of an option for which a config may state a value that has its meaning from the rest of the config."""
 
-    images: int
+    value: int
+    meaning: str
 
 
 def is_integer(value) -> bool:
@@ -76,7 +77,10 @@ Schedule = Annotated[
     Accepted("two iterations (start, end), 0 <= start <= end", _is_schedule),
     CountsIterations(),
 ]
-BatchesOf32Images = Annotated[PositiveInteger, SpansImages(32)]
+OF_32_IMAGES = StandIn(0, "32 / images per worker")
+TO_FIRST_DECAY = StandIn(-1, "the first of SOLVER.STEPS")
+BatchesOf32Images = Annotated[PositiveInteger, OF_32_IMAGES]
+WarmupIterations = Annotated[IterationCount, TO_FIRST_DECAY]
 
 # Arguments that every norm may take and that are not options of a config.
 _NOT_OPTIONS = ("self", "num_features", "affine", "device", "dtype")

@@ -12,7 +12,7 @@ from fvcore.common.registry import Registry
 from torch import nn
 
 from ..layers import BRN2d, MABN2d, MBN2d, check_options, marked_options, options_of
-from ..layers.options import Accepted, SpansImages, is_integer
+from ..layers.options import OF_32_IMAGES, TO_FIRST_DECAY, Accepted, StandIn, is_integer
 
 # The names that Detectron2's own `get_norm` knows.
 DETECTRON2_NORMS = (
@@ -127,14 +127,14 @@ def norm_options(cfg: CfgNode) -> dict[str, dict[str, Any]]:
         node = cfg.MODEL.get(name, {})
         options[name] = {key: node[key.upper()] for key in options_of(norm) if key.upper() in node}
         accepted = marked_options(norm, Accepted)
-        for option, spans in marked_options(norm, SpansImages).items():
+        for option, stand_in in marked_options(norm, StandIn).items():
             value = options[name].get(option)
-            if is_integer(value) and value == 0:
-                options[name][option] = max(1, round(spans.images / _images_per_norm(cfg)))
+            key = f"MODEL.{name}.{option.upper()}"
+            if is_integer(value) and value == stand_in.value:
+                options[name][option] = _MEANINGS[stand_in](cfg, key)
             elif option in options[name] and not accepted[option].test(value):
                 raise ValueError(
-                    f"MODEL.{name}.{option.upper()} must be {accepted[option].words}, or 0 for "
-                    f"{spans.images} / images per worker, got {value!r}"
+                    f"{key} must be {accepted[option].words}, or {stand_in.value} for {stand_in.meaning}, got {value!r}"
                 )
         prefix = f"MODEL.{name}."
         check_options(norm, options[name], lambda option: prefix + option.upper())
@@ -169,6 +169,26 @@ def _images_per_norm(cfg: CfgNode) -> int:
     workers = solver.REFERENCE_WORLD_SIZE or count_workers(cfg, comm.get_world_size())
     images = max(1, solver.IMS_PER_BATCH // workers)
     return min(images, cfg.MODEL.get("NORM_BATCH_SIZE", 0) or images)
+
+
+def _batches_of_32_images(cfg: CfgNode, _: str) -> int:
+    return max(1, round(32 / _images_per_norm(cfg)))
+
+
+def _first_decay(cfg: CfgNode, key: str) -> int:
+    """The iteration in which the learning rate decays first."""
+    solver = cfg.SOLVER
+    steps = [step for step in solver.STEPS if step < solver.MAX_ITER]
+    if solver.LR_SCHEDULER_NAME != "WarmupMultiStepLR" or not steps:
+        raise ValueError(
+            f"{key} -1 stands for the first of SOLVER.STEPS, but the learning rate has no step before the end: "
+            f"SOLVER.LR_SCHEDULER_NAME is {solver.LR_SCHEDULER_NAME}, SOLVER.STEPS {tuple(solver.STEPS)}, "
+            f"SOLVER.MAX_ITER {solver.MAX_ITER}"
+        )
+    return steps[0]
+
+
+_MEANINGS = {OF_32_IMAGES: _batches_of_32_images, TO_FIRST_DECAY: _first_decay}
 
 
 def check_norm_name(norm: Any, key: str) -> None:

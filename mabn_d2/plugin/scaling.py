@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..layers import marked_options, options_of
-from ..layers.options import CountsIterations
+from ..layers.options import TO_FIRST_DECAY, CountsIterations
 from .registry import NORM_REGISTRY, registered
 
 logger = logging.getLogger(__name__)
@@ -206,6 +206,8 @@ def _ratio(reference: int, num_workers: int) -> float:
 
 
 def _scale(iterations: int | Sequence[int], ratio: float) -> int | tuple[int, ...]:
+    if iterations == TO_FIRST_DECAY.value:  # which is scaled itself
+        return iterations
     if isinstance(iterations, int):
         return round(iterations / ratio)
     return tuple(round(iteration / ratio) for iteration in iterations)
