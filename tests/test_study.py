@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -546,6 +547,35 @@ def test_a_run_that_starts_from_a_copy_takes_the_weights_of_the_original(write_p
     assert first["creates"] == str(launcher.started[-1] / "at_start.json") and not train["creates"]
 
 
+def test_a_run_is_trained_again_if_others_start_from_it_and_its_weights_are_gone(write_plan, start):
+    lost = ["lr/looks-P1-BN-lr0.01-s1", "tune/P1-BN-lr0.01-s1"]
+    tune = block(weights={"run": lost[0]})
+    again = block(norms="MABN", weights={"run": lost[1]})
+    plan = write_plan(blocks={**plan_of(Path())["blocks"], "tune": tune, "again": again})
+    study = start(plan, Pretended(), blocks=["lr", "tune"])
+    shutil.rmtree(plan.output / "runs")  # as in a new clone, which has the rows alone
+    nothing = Pretended()
+    start(plan, nothing, blocks=["lr", "tune"])
+    assert nothing.names == []  # nobody needs them
+
+    launcher = Pretended(errors={lost[0]: "out of memory"})
+    study = start(plan, launcher, blocks=["again"])
+    assert launcher.names == lost[:1]  # its own source comes first
+    assert study.rows[lost[0]]["error"] == "out of memory"
+    assert "has failed" in study.rows[lost[1]]["error"]
+
+    for name in lost:
+        study.results.replace({"run": name}, [{**study.rows[name], "error": "", "seconds": "7"}])
+    study.results.forget([{"run": run.id} for run in plan.block("again").runs])
+    shutil.rmtree(plan.output / "runs")
+    (plan.output / "runs" / lost[0]).mkdir(parents=True)
+    (plan.output / "runs" / lost[0] / "done.json").write_text("{}")  # no reason not to train
+    launcher = Pretended()
+    study = start(plan, launcher, blocks=["again"])
+    assert launcher.names == [*lost, plan.block("again").runs[0].id]
+    assert study.rows[lost[0]]["date"] == "2026-01-01" and len(study.rows) == 6
+
+
 def test_weights_can_be_rewritten_first(write_plan, start):
     norms = {
         **plan_of(Path())["norms"], "MABN, affine": {"norm": "MABN", "weights_as": "affine"}
@@ -717,11 +747,12 @@ def test_what_is_left_is_estimated_from_runs_that_are_alike(write_plan):
     results[mabn.id] = row(mabn, 1.0, seconds="18000")
     # BN: 1 + 2 left. MABN: 1 + 2. Its other name "buffer 4" is like both.
     assert runner.remaining(plan, results, 1) == hours(3 * 100 + 3 * 300 + 2 * 200)
-    assert runner.remaining(plan, results, 1, plan.block("lr").runs) == hours(100 + 300)
-    folder = runner.folder_of(plan, plan.block("lr").runs[2])
+    left = plan.block("lr").runs[2:]
+    assert runner.remaining(plan, results, 1, left) == hours(100 + 300)
+    folder = runner.folder_of(plan, left[0])
     folder.mkdir(parents=True)
     (folder / "seconds").write_text("1800")
-    assert runner.remaining(plan, results, 1, plan.block("lr").runs) == hours(70 + 300)
+    assert runner.remaining(plan, results, 1, left) == hours(70 + 300)
 
 
 def test_rows_of_another_version_of_the_plan_are_noticed(write_plan, start):

@@ -76,7 +76,7 @@ def chosen_lr(plan: Plan, run: Run, rows: dict[str, dict[str, str]]) -> float | 
 def remaining(
     plan: Plan, rows: dict[str, dict[str, str]], jobs: int, runs: Iterable[Run] | None = None
 ) -> str:
-    """An estimate of the time from runs that resemble the missing ones, of all runs by default."""
+    """An estimate of the time that runs take, by default all without a row, from others that resemble them."""
     known: dict[tuple, list[float]] = {}
 
     def kinds(run: Run) -> list[tuple]:
@@ -89,14 +89,15 @@ def remaining(
             for kind in kinds(run):
                 known.setdefault(kind, []).append(float(row["seconds"]))
     total, unknown = 0.0, 0
-    for run in plan.runs if runs is None else runs:
-        if run.id not in rows:
-            similar = next((known[kind] for kind in kinds(run) if kind in known), None)
-            if similar is None:
-                unknown += 1
-            else:
-                left = statistics.fmean(similar) - job.seconds_of(folder_of(plan, run))
-                total += max(0.0, left) * min(run.slots, jobs)
+    if runs is None:
+        runs = (run for run in plan.runs if run.id not in rows)
+    for run in runs:
+        similar = next((known[kind] for kind in kinds(run) if kind in known), None)
+        if similar is None:
+            unknown += 1
+        else:
+            left = statistics.fmean(similar) - job.seconds_of(folder_of(plan, run))
+            total += max(0.0, left) * min(run.slots, jobs)
     others = f" and {unknown} runs of unknown length" if unknown else ""
     return f"{hours(total / jobs)}{others}"
 
@@ -275,7 +276,8 @@ class Runner:
     Starts the runs in the order of the plan, each as soon as what it depends on is there.
 
     An interrupted run goes on from its last checkpoint, with the commit that it began with. A run whose
-    command another one had is not repeated, its row is a copy.
+    command another one had is not repeated, its row is a copy. One that others start from and whose weights
+    are gone, as in a new clone, is trained again, and its row is replaced.
     """
 
     def __init__(
@@ -302,6 +304,7 @@ class Runner:
         self._check_data()
         plan.results.parent.mkdir(parents=True, exist_ok=True)
         self.results, self.curves = open_results(plan)
+        self.again: set[str] = set()  # ids of runs that have a row and run nevertheless
         self.running: dict[str, tuple[Run, Any]] = {}
         self.lrs: dict[str, float | None] = {}
         self.paused = False
@@ -317,6 +320,33 @@ class Runner:
                             "`make datasets/study` draws all of them"
                         )
 
+    def _put_lost_sources_first(self) -> None:
+        """Has the runs trained again that others start from and whose weights are not there any more."""
+        known = {run.id: run for run in self.plan.runs}
+        lost: dict[str, Run] = {}
+        starting = [run for run in self.todo if self._is_left(run)]
+        for run in starting:
+            row = self.rows.get(run.weights)
+            if row is None or row["error"] or self._trained(run).exists():
+                continue
+            source = row["copy_of"] or row["run"]
+            if source not in known:
+                raise ValueError(
+                    f"{run.id} starts from {self._trained(run)}, which does not exist; nor has "
+                    f"{self.plan.file} the run {source} any longer"
+                )
+            if source not in lost:
+                lost[source] = known[source]
+                starting.append(known[source])  # which may start from another one
+        self.again = set(lost)
+        self.todo = [*lost.values(), *(run for run in self.todo if run.id not in lost)]
+        self._check_data()
+
+    def _trained(self, run: Run) -> Path:
+        """The weights of the run that a run starts from."""
+        source = self.rows[run.weights]["copy_of"] or run.weights
+        return self.plan.output.resolve() / "runs" / source / "model_final.pth"
+
     @property
     def rows(self) -> dict[str, dict[str, str]]:
         return {row["run"]: row for row in self.results.rows}
@@ -330,7 +360,8 @@ class Runner:
 
     def run(self) -> None:
         """Until all runs have a row, or the ones that are left depend on one that failed or is left out."""
-        done = sum(run.id in self.rows for run in self.todo)
+        self._put_lost_sources_first()
+        done = len(self.todo) - sum(self._is_left(run) for run in self.todo)
         self.bar = tqdm(total=len(self.todo), initial=done, unit="run", disable=None)
         try:
             with self.bar:
@@ -348,12 +379,14 @@ class Runner:
 
     # -- what a run needs
 
+    def _is_left(self, run: Run) -> bool:
+        return run.id not in self.rows or run.id in self.again
+
     def _start_next(self) -> bool:
         """Starts what can be started; whether that was anything."""
         started = False
-        done = self.rows.keys()
         for run in self.todo:
-            if run.id in done or run.id in self.running:
+            if not self._is_left(run) or run.id in self.running:
                 continue
             free = self.jobs - sum(r.slots for r, _ in self.running.values())
             if free < min(run.slots, self.jobs):
@@ -365,7 +398,7 @@ class Runner:
                 started = True
                 continue
             if ready:
-                if not self._copy(run):
+                if run.id in self.again or not self._copy(run):
                     self._start(run)
                 started = True
         return started
@@ -381,6 +414,8 @@ class Runner:
                 return False
             if row["error"]:
                 raise ValueError(f"the run {run.weights} that it starts from has failed")
+            if (row["copy_of"] or row["run"]) in self.again:
+                return False
         lr = chosen_lr(self.plan, run, self.rows)
         if lr is None and run.lr_block:
             return False
@@ -410,6 +445,8 @@ class Runner:
                 origin = before
             else:
                 shutil.rmtree(folder)
+        if run.id in self.again and (folder / "done.json").exists():
+            shutil.rmtree(folder)
         if (folder / "done.json").exists():  # a runner was ended before it wrote the row
             return self._finish(run)
         folder.mkdir(parents=True, exist_ok=True)
@@ -428,15 +465,15 @@ class Runner:
         task = {"commands": commands, "folder": str(code), "environment": environment}
         _write_json(folder / "job.json", task)
         chosen = f", LR {lr:g} (best of {run.lr_block})" if run.lr_block else ""
-        self.bar.write(f"{run.id}: starts{chosen}")
+        again = " again, its weights are gone" * (run.id in self.again)
+        self.bar.write(f"{run.id}: starts{again}{chosen}")
         self.running[run.id] = run, self.launcher.start(folder)
 
     def _commands(self, run: Run, folder: Path) -> list[dict[str, Any]]:
         tool, arguments, commands = run.tool, run.arguments(self.lrs[run.id]), []
         weights = run.weights
         if weights and not run.weights_file:
-            trained = self.rows[weights]["copy_of"] or weights
-            weights = str(self.plan.output.resolve() / "runs" / trained / "model_final.pth")
+            weights = str(self._trained(run))
         if run.weights_as:
             source, weights = weights, str(folder / "weights.pth")
             rewrite = ["-m", "mabn_d2.study.weights_as", run.weights_as, source, weights]
@@ -489,6 +526,7 @@ class Runner:
         points = [{k: _as_text(v) for k, v in point.items()} for point in curve]
         self.curves.replace({"run": run.id}, points)
         self.results.replace({"run": run.id}, [row])
+        self.again.discard(run.id)
         ap = " / ".join(f"{float(row[m]):.2f}" for m in run.tool.metrics if row.get(m))
         self.bar.update()
         self.bar.write(f"{run.id}: {row.get('error') or ap}" + " (copy)" * bool(row.get("copy_of")))
@@ -504,7 +542,8 @@ class Runner:
                 self.launcher.signal(handle, signal.SIGSTOP if wanted else signal.SIGCONT)
 
     def _write_status(self) -> None:
-        left = remaining(self.plan, self.rows, self.jobs, self.todo)
+        runs = [run for run in self.todo if self._is_left(run)]
+        left = remaining(self.plan, self.rows, self.jobs, runs)
         self.bar.set_postfix_str(
             f"{len(self.running)} running, left: {left}", refresh=False
         )  # fmt: skip
