@@ -375,8 +375,8 @@ def test_the_best_learning_rate_of_a_classifier_has_the_lowest_error(write_plan)
 class Pretended:
     """A launcher whose runs end when they are told to, or at once."""
 
-    def __init__(self, at_once=True, errors=None):
-        self.at_once, self.errors = at_once, errors or {}
+    def __init__(self, at_once=True, errors=None, seconds=7.0):
+        self.at_once, self.errors, self.seconds = at_once, errors or {}, seconds
         self.started, self.signals, self.stopped = [], [], []
 
     def start(self, folder):
@@ -390,7 +390,7 @@ class Pretended:
         error = next((text for part, text in self.errors.items() if part in name), "")
         done = {
             "error": error,
-            "seconds": 7.0,
+            "seconds": self.seconds,
             "device": "a machine",
             "torch": "2",
             "date": "2026-01-01",
@@ -574,6 +574,36 @@ def test_a_run_is_trained_again_if_others_start_from_it_and_its_weights_are_gone
     study = start(plan, launcher, blocks=["again"])
     assert launcher.names == [*lost, plan.block("again").runs[0].id]
     assert study.rows[lost[0]]["date"] == "2026-01-01" and len(study.rows) == 6
+
+
+def test_what_starts_from_a_run_that_is_trained_again_is_repeated(write_plan, start, capsys):
+    source = "lr/looks-P1-BN-lr0.02-s1"
+    tune = block(norms=["BN", "MABN"], lr=[0.01, 0.02], weights={"run": source})
+    best = block(norms=["BN", "MABN"], lr="best of tune", weights={"run": source})
+    plan = write_plan(blocks={**plan_of(Path())["blocks"], "tune": tune, "best": best})
+    first = start(plan, Pretended(), blocks=["lr", "tune", "best"])
+    missing = "tune/P1-MABN-lr0.02-s1"
+    first.results.forget([{"run": missing}])
+    (runner.folder_of(plan, plan.block("lr").runs[2]) / "model_final.pth").unlink()
+
+    launcher = Pretended(seconds=8.0)
+    study = start(plan, launcher, blocks=["tune", "best"])
+    assert launcher.names == [source, *(run.id for run in plan.block("tune").runs)]
+    # The folder of the missing one holds results that are of the former weights. The learning rates of
+    # what is repeated, and its copies, are of the repeated runs.
+    assert {row["copy_of"] for row in study.rows.values() if row["block"] == "best"} == {
+        "tune/P1-BN-lr0.02-s1", missing
+    }  # fmt: skip
+    assert list(study.rows)[-7:-2] == launcher.names
+    assert runner.superseded(study.rows) == set()
+    expected = {run.id for name in ("tune", "best") for run in plan.block(name).runs}
+    assert runner.superseded(study.rows, {source}) == {source, *expected}
+
+    # Where the source is trained again in a study of its own, `status` tells what it leaves behind.
+    study.results.replace({"run": source}, [study.rows[source]])
+    assert runner.superseded(study.rows) == expected
+    assert load_tool("study").main([str(plan.file), "status"]) == 0
+    assert "6 results start from weights that have been trained again" in capsys.readouterr().out
 
 
 def test_weights_can_be_rewritten_first(write_plan, start):

@@ -81,6 +81,11 @@ def status(plan, args):
         print(f"running: {name}, iteration {runner.progress(plan, name)}")
     if old := runner.outdated(plan, rows):
         print(f"{len(old)} results are of another version of the plan: {', '.join(old[:5])} ...")
+    if old := sorted(runner.superseded(rows)):
+        print(
+            f"{len(old)} results start from weights that have been trained again since, `run` repeats them: "
+            f"{', '.join(old[:5])} ..."
+        )
     paused = ", paused" if (plan.output / "PAUSE").exists() else ""
     left = runner.remaining(plan, rows, now["jobs"])
     print(f"left with {now['jobs']} at a time: {left}{paused}")

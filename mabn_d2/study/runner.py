@@ -113,6 +113,23 @@ def outdated(plan: Plan, rows: dict[str, dict[str, str]]) -> list[str]:
     ]
 
 
+def superseded(rows: dict[str, dict[str, str]], again: Iterable[str] = ()) -> set[str]:
+    """
+    The runs that start from the weights of a run that has been trained again since, and copies of such.
+
+    Args:
+        rows: in the order in which they were recorded.
+        again: runs that will be trained again, which are among those returned.
+    """
+    order = {name: position for position, name in enumerate(rows)}
+    old = set(again)
+    for name, row in rows.items():
+        origins = row["weights"].split(", ")[0], row["copy_of"]
+        if any(order.get(origin, -1) > order[name] or origin in old for origin in origins):
+            old.add(name)
+    return old
+
+
 def progress(plan: Plan, name: str) -> int:
     """The last iteration that a run has logged, which the plan need not have any more."""
     with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
@@ -276,8 +293,8 @@ class Runner:
     Starts the runs in the order of the plan, each as soon as what it depends on is there.
 
     An interrupted run goes on from its last checkpoint, with the commit that it began with. A run whose
-    command another one had is not repeated, its row is a copy. One that others start from and whose weights
-    are gone, as in a new clone, is trained again, and its row is replaced.
+    command another one had is not repeated, its row is a copy. One that a missing run starts from and whose
+    weights are gone, as in a new clone, is trained again, and then all that start from it.
     """
 
     def __init__(
@@ -324,7 +341,7 @@ class Runner:
         """Has the runs trained again that others start from and whose weights are not there any more."""
         known = {run.id: run for run in self.plan.runs}
         lost: dict[str, Run] = {}
-        starting = [run for run in self.todo if self._is_left(run)]
+        starting = self._left()
         for run in starting:
             row = self.rows.get(run.weights)
             if row is None or row["error"] or self._trained(run).exists():
@@ -361,7 +378,7 @@ class Runner:
     def run(self) -> None:
         """Until all runs have a row, or the ones that are left depend on one that failed or is left out."""
         self._put_lost_sources_first()
-        done = len(self.todo) - sum(self._is_left(run) for run in self.todo)
+        done = len(self.todo) - len(self._left())
         self.bar = tqdm(total=len(self.todo), initial=done, unit="run", disable=None)
         try:
             with self.bar:
@@ -379,20 +396,25 @@ class Runner:
 
     # -- what a run needs
 
-    def _is_left(self, run: Run) -> bool:
-        return run.id not in self.rows or run.id in self.again
+    def _left(self) -> list[Run]:
+        rows = self.rows
+        again = superseded(rows, self.again)
+        return [run for run in self.todo if run.id not in rows or run.id in again]
 
     def _start_next(self) -> bool:
         """Starts what can be started; whether that was anything."""
         started = False
-        for run in self.todo:
-            if not self._is_left(run) or run.id in self.running:
+        left = self._left()
+        names = {run.id for run in left}
+        done = {name: row for name, row in self.rows.items() if name not in names}
+        for run in left:
+            if run.id in self.running:
                 continue
             free = self.jobs - sum(r.slots for r, _ in self.running.values())
             if free < min(run.slots, self.jobs):
                 break  # in the order of the plan: no smaller one goes first
             try:
-                ready = self._is_ready(run)
+                ready = self._is_ready(run, done)
             except ValueError as error:
                 self._record(run, {"error": str(error), "date": str(datetime.date.today())})
                 started = True
@@ -403,20 +425,21 @@ class Runner:
                 started = True
         return started
 
-    def _is_ready(self, run: Run) -> bool:
+    def _is_ready(self, run: Run, rows: dict[str, dict[str, str]]) -> bool:
         """
+        Args:
+            rows: those that count.
+
         Raises:
             ValueError: it never will be.
         """
         if run.weights and not run.weights_file:
-            row = self.rows.get(run.weights)
+            row = rows.get(run.weights)
             if row is None:
                 return False
             if row["error"]:
                 raise ValueError(f"the run {run.weights} that it starts from has failed")
-            if (row["copy_of"] or row["run"]) in self.again:
-                return False
-        lr = chosen_lr(self.plan, run, self.rows)
+        lr = chosen_lr(self.plan, run, rows)
         if lr is None and run.lr_block:
             return False
         self.lrs[run.id] = lr
@@ -427,8 +450,13 @@ class Runner:
     def _copy(self, run: Run) -> bool:
         """Takes the row of a run with the same command, if there is one."""
         command = run.command(self.lrs[run.id])
+        old = superseded(self.rows, self.again)
         for row in self.results.rows:
-            usable = not row["error"] and (self.dirty or not row["commit"].endswith("+dirty"))
+            usable = (
+                not row["error"]
+                and row["run"] not in old
+                and (self.dirty or not row["commit"].endswith("+dirty"))
+            )
             if (row["command"], row["weights"]) == (command, run.start) and usable:
                 self._record(run, {**row, "copy_of": row["copy_of"] or row["run"]})
                 return True
@@ -438,6 +466,8 @@ class Runner:
         folder = folder_of(self.plan, run)
         lr = self.lrs[run.id]
         origin = {"command": run.command(lr), "weights": run.start, "commit": self.commit}
+        if source := self.rows.get(run.weights):  # tells one training of it from another
+            origin["trained"] = f"{source['date']}, {source['seconds']} s"
         with contextlib.suppress(OSError, ValueError):
             before = json.loads((folder / "origin.json").read_text())
             usable = self.dirty or not before["commit"].endswith("+dirty")
@@ -445,7 +475,7 @@ class Runner:
                 origin = before
             else:
                 shutil.rmtree(folder)
-        if run.id in self.again and (folder / "done.json").exists():
+        if run.id in self.rows and (folder / "done.json").exists():  # it is repeated
             shutil.rmtree(folder)
         if (folder / "done.json").exists():  # a runner was ended before it wrote the row
             return self._finish(run)
@@ -465,7 +495,8 @@ class Runner:
         task = {"commands": commands, "folder": str(code), "environment": environment}
         _write_json(folder / "job.json", task)
         chosen = f", LR {lr:g} (best of {run.lr_block})" if run.lr_block else ""
-        again = " again, its weights are gone" * (run.id in self.again)
+        why = "its weights are gone" if run.id in self.again else "from weights that are new"
+        again = f" again, {why}" * (run.id in self.rows)
         self.bar.write(f"{run.id}: starts{again}{chosen}")
         self.running[run.id] = run, self.launcher.start(folder)
 
@@ -542,8 +573,7 @@ class Runner:
                 self.launcher.signal(handle, signal.SIGSTOP if wanted else signal.SIGCONT)
 
     def _write_status(self) -> None:
-        runs = [run for run in self.todo if self._is_left(run)]
-        left = remaining(self.plan, self.rows, self.jobs, runs)
+        left = remaining(self.plan, self.rows, self.jobs, self._left())
         self.bar.set_postfix_str(
             f"{len(self.running)} running, left: {left}", refresh=False
         )  # fmt: skip
