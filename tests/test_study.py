@@ -785,9 +785,18 @@ def test_what_is_left_is_estimated_from_runs_that_are_alike(write_plan):
     assert runner.remaining(plan, results, 1, left) == hours(70 + 300)
 
 
-def test_rows_of_another_version_of_the_plan_are_noticed(write_plan, start):
+def test_rows_of_another_version_of_the_plan_or_another_learning_rate_are_noticed(
+    write_plan, start
+):
     study = start(write_plan(), Pretended())
     assert runner.outdated(study.plan, study.rows) == []
+    swept = {run.id: run for run in study.plan.block("lr").runs}
+    other = next(name for name, run in swept.items() if run.norm == "BN" and run.lr == 0.01)
+    assert {row["lr"] for row in study.rows.values() if row["block"] == "main"} == {"0.02"}
+    better = {**study.rows, other: {**study.rows[other], "box_ap": "99"}}
+    assert runner.outdated(study.plan, better) == [
+        run.id for run in study.plan.block("main").runs if run.norm == "BN"
+    ]
     blocks = plan_of(Path())["blocks"]
     blocks["main"]["options"] = {"SOLVER.MAX_ITER": 9}
     plan = write_plan(blocks=blocks)

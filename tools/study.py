@@ -80,7 +80,10 @@ def status(plan, args):
     for name in now["running"]:
         print(f"running: {name}, iteration {runner.progress(plan, name)}")
     if old := runner.outdated(plan, rows):
-        print(f"{len(old)} results are of another version of the plan: {', '.join(old[:5])} ...")
+        print(
+            f"{len(old)} results are of another version of the plan, or another learning rate than is the best now: "
+            f"{', '.join(old[:5])} ..."
+        )
     if old := sorted(runner.superseded(rows)):
         print(
             f"{len(old)} results start from weights that have been trained again since, `run` repeats them: "

@@ -103,14 +103,17 @@ def remaining(
 
 
 def outdated(plan: Plan, rows: dict[str, dict[str, str]]) -> list[str]:
-    """The runs whose row is of another version of the plan."""
-    return [
-        run.id
-        for run in plan.runs
-        if (row := rows.get(run.id))
-        and (row["command"], row["weights"])
-        != (run.command(float(row["lr"]) if row["lr"] else None), run.start)
-    ]
+    """The runs whose row is of another version of the plan, or of another learning rate than is the best now."""
+    old = []
+    for run in plan.runs:
+        if row := rows.get(run.id):
+            lr = float(row["lr"]) if row["lr"] else None
+            if not row["error"]:
+                with contextlib.suppress(ValueError):  # the runs that decide it have failed since
+                    lr = chosen_lr(plan, run, rows) or lr
+            if (row["command"], row["weights"]) != (run.command(lr), run.start):
+                old.append(run.id)
+    return old
 
 
 def superseded(rows: dict[str, dict[str, str]], again: Iterable[str] = ()) -> set[str]:
