@@ -338,6 +338,7 @@ def test_training_writes_what_detectron2_users_expect(uninterrupted):
         assert f'"{name}"' in metrics
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_as_if_it_had_not_been_killed(data, uninterrupted, tmp_path):
     process = subprocess.Popen(
         command(tmp_path, "dataloader.train.num_workers=1"), env=environment(data),
@@ -363,6 +364,7 @@ def test_evaluation_alone_prints_the_table_of_the_checkpoint(data, uninterrupted
     assert table(done.stdout) == table(printed)
 
 
+@pytest.mark.slow
 def test_two_workers_train_one_model(data, tmp_path):
     done = train(data, tmp_path, "--num-gpus=2", "--dist-url=auto", "train.device=cpu")
     assert done.returncode == 0, done.stdout[-3000:]

@@ -240,6 +240,7 @@ def test_nothing_is_frozen_but_in_the_experiment_with_frozen_norms(name):
     assert bool(frozen) == ("frozenbn" in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if "syncbn" not in name])
 def test_an_experiment_takes_a_training_step(name):
     cfg = load(name)

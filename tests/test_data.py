@@ -68,6 +68,7 @@ def annotated(scene, ids=SHAPE_IDS, person_id=None):
 # ---- determinism ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout, workers", [("shapes", 1), ("coco2017", 2)])
 def test_same_arguments_give_the_same_bytes_with_any_number_of_workers(tmp_path, layout, workers):
     arguments = dict(layout=layout, train=10, val=2, size=64, seed=3)
@@ -126,6 +127,7 @@ def test_nothing_is_left_behind_on_interruption(tmp_path, monkeypatch, error, sp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_error_in_a_worker_reaches_the_caller_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "_shape_categories", lambda: [])  # workers find no ids
     with pytest.raises(IndexError):

@@ -316,6 +316,7 @@ def build_tiny(architecture, norm):
     return settle(zoo.build_with(config, norm), inputs=images())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["MABN", "BN", "FrozenBN", "MBN"])
 @pytest.mark.parametrize("architecture", [n for n in DETECTRON2_MODELS if n != "modulated"])
 def test_a_model_of_detectron2(architecture, norm):

@@ -437,6 +437,7 @@ def measure_on_a_worker(state):
     return images, model.state_dict()
 
 
+@pytest.mark.slow
 def test_measured_statistics_are_those_of_the_images_of_all_workers(tmp_path):
     state = trained(network(None, bias=True)).state_dict()
     results = run_workers(2, measure_on_a_worker, tmp_path, state)
@@ -450,6 +451,7 @@ def test_measured_statistics_are_those_of_the_images_of_all_workers(tmp_path):
     torch.testing.assert_close(model["1.running_var"], x.var((0, 2, 3), unbiased=False))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_and_an_exported_model_carry_shift_and_m0(tmp_path, shapes):
     Checkpointer(trained(detector("BN", "BN"), dead=False).float(), str(tmp_path)).save("bn")
     options = ("MODEL.WEIGHTS", str(tmp_path / "bn.pth"), "DATASETS.TEST", "()")

@@ -255,6 +255,7 @@ def test_a_folder_and_a_missing_file_are_refused_in_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["<html>", "a folder", "code", "resume code"])
 def test_the_command_line_refuses_weights_in_one_line_before_anything_starts(content, tmp_path):
     weights, output = tmp_path / "weights.pth", tmp_path / "output"

@@ -215,6 +215,7 @@ def passes_of_a_worker(broadcast_buffers):
     return states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broadcast_buffers", [True, False])
 def test_under_ddp_every_worker_keeps_its_own_statistics(broadcast_buffers, tmp_path):
     results = run_workers(2, passes_of_a_worker, tmp_path, broadcast_buffers)

@@ -266,6 +266,7 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", PLANS, ids=[file.stem for file in PLANS])
 def test_every_run_of_a_plan_of_the_repository_is_accepted(
     file, data, tmp_path, monkeypatch, with_ablations
@@ -957,6 +958,7 @@ def test_a_cluster_without_submitit_is_refused_in_one_line(write_plan, monkeypat
     assert capsys.readouterr().err.count("needs submitit: pip install submitit") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("submitit"), reason="submitit is missing")
 def test_runs_can_be_submitted(write_plan, start, tmp_path, monkeypatch):
     plan = write_plan()

@@ -157,6 +157,7 @@ def test_evaluation_alone_prints_the_table_of_the_checkpoint(uninterrupted, shap
     assert len(table) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -74,6 +74,7 @@ def centralized_convolutions(model):
     return [m for m in model.modules() if isinstance(m, (CenConv2d, CentralizedKernel))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", list_zoo() + OTHER_ARCHITECTURES + BACKBONES, ids=name_of)
 def test_mabn_stands_where_bn_would_and_each_has_a_centralized_convolution(architecture):
     with_bn = build_for_inspection(set_norm(load(architecture), "BN"))
@@ -126,6 +127,7 @@ def mean_relative_to_largest(kernels):
     return kernels.mean((1, 2, 3)).abs() / kernels.abs().amax((1, 2, 3)).clamp(min=1e-30)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
     [
